@@ -1,0 +1,209 @@
+"""PPO: proximal policy optimisation, actor and critic, on text (Schulman 2017; Ziegler 2019; Zheng 2023).
+
+    ratio  = pi(a | s) / pi_old(a | s)
+    loss   = mean max(-A * ratio, -A * clip(ratio, 1 - eps, 1 + eps))
+             + vf_coef * mean max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2) / 2
+             - ent_coef * mean H(pi(. | s))
+
+A: advantages by GAE, whitened over the batch; R: unwhitened advantages plus old values. The score is paid at the last token
+and a KL penalty to the reference at every token (the environment's part); here the coefficient may follow a target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
+from textrl.kl import AdaptiveKL, k3
+from textrl.policy import train_last_layers, value_model, values_at
+from textrl.returns import gae, masked_mean, masked_var, whiten
+from textrl.rewards import RewardModel
+from textrl.rollout import Rollout, microbatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(AgentConfig):
+    """Settings of PPO."""
+
+    epochs: int = 4  # passes over each batch
+    minibatches: int = 4  # steps a pass
+    clip_coef: float = 0.2  # eps of the ratio
+    clip_value: float = 0.2  # eps_v of the value; 0: not clipped
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    gamma: float = 1.0  # discount per token
+    gae_lambda: float = 0.95  # lambda of GAE
+    whiten_advantages: bool = True  # to mean 0, variance 1 over the batch
+    whiten_scores: bool = False  # scores to variance 1 over the batch, the mean kept
+    clip_score: float | None = None  # scores are clipped to [-clip_score, clip_score]
+    missing_end_penalty: float = 0.0  # taken off the score of a response that did not stop by itself
+    target_kl: float | None = None  # no further epochs once KL(old || new) is above this
+    kl_target: float | None = None  # the KL coefficient follows this KL(policy || reference) per response, in nats
+    kl_horizon: float = 10_000.0  # episodes over which it may change by about e^0.2
+    critic: str = "separate"  # "separate": a trunk of its own; "shared": a head on the policy's trunk
+    critic_learning_rate: float | None = None  # of the critic; None: learning_rate
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        for name in ("epochs", "minibatches"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
+        for name in ("gamma", "gae_lambda"):
+            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        check("critic", self.critic, self.critic in ("separate", "shared"), '"separate" or "shared"')
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float) -> Tensor:
+    """Masked mean of max(-A * ratio, -A * clip(ratio)) (Schulman 2017, eq. 7): (B, T) three times -> ()."""
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float) -> Tensor:
+    """Half the masked mean of the larger of the squared errors, clipped and not: (B, T) four times -> ()."""
+    errors = (values - returns) ** 2
+    if clip_value > 0:
+        clipped = old_values + (values - old_values).clamp(-clip_value, clip_value)
+        errors = torch.maximum(errors, (clipped - returns) ** 2)
+    return 0.5 * masked_mean(errors, mask)
+
+
+class PPO(Agent):
+    """Actor-critic PPO.
+
+    Args:
+        env: as for every agent.
+        model: as for every agent.
+        config: as for every agent.
+        critic: what the critic starts from, in place of the policy's trunk: a `RewardModel` or a scalar model. Its
+            head starts at zero.
+        settings: as for every agent.
+    """
+
+    config: PPOConfig
+    config_class: ClassVar[type[AgentConfig]] = PPOConfig
+
+    def __init__(
+        self,
+        env: AnyEnv,
+        model: PreTrainedModel | str | Path | None = None,
+        config: AgentConfig | None = None,
+        *,
+        critic: RewardModel | PreTrainedModel | None = None,
+        **settings: Any,
+    ) -> None:
+        self._critic_from = critic.model if isinstance(critic, RewardModel) else critic
+        super().__init__(env, model, config, **settings)
+
+    def build(self) -> None:
+        """Adds the critic: a scalar model of its own, or a head on the policy's trunk; both start at zero."""
+        self.critic: PreTrainedModel | None = None
+        self.value_head: nn.Linear | None = None
+        if self.config.critic == "shared":
+            check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
+            width = self.model.config.get_text_config().hidden_size
+            self.value_head = nn.Linear(width, 1).to(device=self.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.modules["value_head"] = self.value_head
+        else:
+            start = self._critic_from or self.model
+            self.critic = self.modules["critic"] = value_model(start).to(device=self.device, dtype=self.model.dtype)
+            train_last_layers(self.critic, self.config.trainable_layers)
+        self.kl = None
+        if self.config.kl_target is not None:
+            check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
+            self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
+
+    # ---- one batch -------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """A few epochs of clipped steps on one batch."""
+        config, mask = self.config, rollout.action_mask
+        rewards = self._shaped(rollout)
+        values = self._values(rollout)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+        rollout = replace(rollout, values=values, returns=returns, advantages=advantages)
+        if config.whiten_advantages:
+            rollout.advantages = whiten(advantages, mask)
+        steps: list[dict[str, float]] = []
+        for _ in range(config.epochs):
+            for indices in self.shuffled(len(rollout), config.minibatches):
+                steps.append(self.minimise(self._loss, rollout.select(indices)))
+            if config.target_kl is not None and steps[-1]["kl_old_new"] > config.target_kl:
+                break
+        numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        numbers["first_ratio_error"] = steps[0]["ratio_error"]
+        numbers["steps"] = len(steps)
+        spread = masked_var(returns, mask)
+        numbers["explained_variance"] = float(1 - masked_var(returns - values, mask) / spread.clamp(min=1e-8))
+        if self.kl is not None and rollout.ref_logprobs is not None:
+            kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
+            self.base.kl_coef = self.kl.update(kl, len(rollout))
+        numbers["kl_coef"] = self.base.kl_coef
+        return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
+
+    def _shaped(self, rollout: Rollout) -> Tensor:
+        """The rewards with the score clipped, whitened and taken off for a missing end, as configured: (B, T)."""
+        config, scores = self.config, rollout.scores
+        new = scores - config.missing_end_penalty * (~rollout.stopped)
+        if config.clip_score is not None:
+            new = new.clamp(-config.clip_score, config.clip_score)
+        if config.whiten_scores:
+            new = whiten(new, torch.ones_like(rollout.stopped), keep_mean=True)
+        last = (rollout.response_lengths - 1)[:, None]
+        return rollout.rewards.scatter_add(1, last, (new - scores)[:, None])
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> Tensor:
+        """The critic's value of the state before each token: (B, T)."""
+        out = torch.zeros_like(rollout.rewards)
+        for part in microbatches(rollout, self.config.max_tokens_per_microbatch):
+            batch = rollout.select(part)
+            rows, columns, _ = batch.places()
+            if self.critic is not None:
+                values = values_at(self.critic, batch.tokens, rows, columns)
+            else:
+                values = self._head_values(self.policy.hidden(batch.tokens, rows, columns))
+            out[part, : batch.action_mask.shape[1]] = batch.spread(values)
+        return out
+
+    def _head_values(self, hidden: Tensor) -> Tensor:
+        assert self.value_head is not None
+        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.advantages is not None and batch.returns is not None and batch.values is not None
+        config, mask = self.config, batch.action_mask
+        rows, columns, targets = batch.places()
+        hidden = self.policy.hidden(batch.tokens, rows, columns)  # (n, d): one forward serves a shared critic too
+        flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
+        assert entropy is not None
+        if self.critic is not None:
+            values = batch.spread(values_at(self.critic, batch.tokens, rows, columns))
+        else:
+            values = batch.spread(self._head_values(hidden))
+        logprobs = batch.spread(flat)
+        ratio = (logprobs - batch.logprobs).exp()
+        policy_loss = clipped_policy_loss(ratio, batch.advantages, mask, config.clip_coef)
+        value_loss = clipped_value_loss(values, batch.values, batch.returns, mask, config.clip_value)
+        loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy.mean()
+        with torch.no_grad():
+            numbers = {
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "entropy": entropy.mean(),
+                "kl_old_new": masked_mean(k3(batch.logprobs, logprobs), mask),
+                "clip_fraction": masked_mean(((ratio - 1).abs() > config.clip_coef).float(), mask),
+                "ratio_error": masked_mean((ratio - 1).abs(), mask),
+            }
+        return loss, numbers

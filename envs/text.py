@@ -1,0 +1,75 @@
+"""Text: one's own prompts, score and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from textrl.task import Row, Task, call_score, shorten, symbol_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+PRINTABLE = "".join(chr(code) for code in range(32, 127))
+
+
+def share_of_letters(completions: list[str]) -> list[float]:
+    """The share of characters that are letters: what `Text` rewards when nothing else is said."""
+    return [sum(c.isalpha() for c in text) / max(1, len(text)) for text in completions]
+
+
+class Text(Task):
+    """Your own prompts, your own score, your own tokenizer.
+
+    Description: a row is drawn evenly from `prompts`; the response is scored by `reward`. Without arguments it is a
+    small demonstration over printable characters.
+    Observation: the prompt and the response so far, token ids.
+    Actions: the tokens of the tokenizer.
+    Score: what `reward` says: any function in the calling convention of TRL's reward functions, or a `RewardModel`.
+    Episode end: the end token, or `max_new_tokens`.
+    What it teaches: nothing by itself; it is the door to real language models.
+    Optimum: not known, unless the vocabulary and the horizon are small.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer; default: one symbol per printable ASCII character.
+        prompts: texts, rows with a "prompt", or a `datasets.Dataset` with a "prompt" column.
+        reward: called with prompts, completions, completion_ids and every other column, as keyword lists.
+        max_new_tokens: the horizon.
+        max_prompt_tokens: default: the longest prompt there is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        prompts: Sequence[str] | Sequence[Row] | Dataset = ("The movie was",),
+        reward: Callable[..., Any] = share_of_letters,
+        max_new_tokens: int = 24,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+            raise ValueError(f"prompts must be a list of texts or a dataset with a prompt column; got {shorten(prompts)}")
+        if not callable(reward):
+            raise ValueError(f"reward must be a function of prompts and completions; got {shorten(reward)}")
+        names = getattr(prompts, "column_names", None)
+        if names is not None and "prompt" not in names:
+            raise ValueError(f'prompts must have a column "prompt"; got the columns {names}')
+        self._prompts, self.reward = prompts, reward
+        super().__init__(
+            tokenizer=symbol_tokenizer(PRINTABLE) if tokenizer is None else tokenizer,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        rows = self.rows
+        assert rows is not None
+        for row in rows:
+            self.encode(row)
+
+    def prompts(self) -> list[Row]:
+        """The rows, in order."""
+        return [{"prompt": row} if isinstance(row, str) else dict(row) for row in self._prompts]
+
+
+    def score(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        """What `reward` says."""
+        return call_score(self.reward, prompts, completions, columns)

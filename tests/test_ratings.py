@@ -1,0 +1,146 @@
+"""Human ratings: the files' quirks, the split, preference pairs and the human ceiling, on data made here."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from textrl.ratings import human_ceiling, load_ratings, openings, rating_pairs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two sources in the format of the real files: CR LF, a byte order mark, no newline at the end."""
+    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_bytes(
+        b"1\t2.5\tA ''fine''  film &amp;amp; a  good one.\r\n2\t-1\tCaf\xc3\xa9 dull\r\n"
+        b"3\t0\tno ratings here\r\n4\t1\t \r\n5\t1\tbad ratings"
+    )
+    (tmp_path / "movieReviewSnippets_anonDataRatings.txt").write_bytes(
+        b"\xef\xbb\xbf1\t2.5\t0.5\t[2, 3]\r\n2\t-1\t0\t[-1, -1, -1]\r\n4\t1\t0\t[1, 1]\r\n5\t1\t0\t[1, 9]"
+    )
+    (tmp_path / "tweets_GroundTruth.txt").write_bytes(b"1\t9.9\tcaf\xc3\xa9 DULL\r\n")
+    (tmp_path / "tweets_anonDataRatings.txt").write_bytes(b"1\t9.9\t0\t[0, 1]\r\n")
+    return tmp_path
+
+
+def rated(n: int = 40) -> Dataset:
+    """Sentences of two sources with every mean from -4 to 4."""
+    rows = [(source, i, [i % 9 - 4, (i // 3) % 9 - 4]) for source in ("movie", "tweet") for i in range(n)]
+    return Dataset.from_list(
+        [{"source": s, "text": f"{s} {i}", "mean": sum(r) / 2, "ratings": r} for s, i, r in rows],
+    )
+
+
+def test_the_files_quirks_are_undone_and_broken_rows_counted(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="movie: 3 of 5 rows"):
+        rows = load_ratings(["movie"], folder)
+    assert rows["text"][:] == ['A "fine" film & a good one.', "Café dull"]
+    assert rows["ratings"][:] == [[2, 3], [-1, -1, -1]]
+    assert rows["id"][:] == ["movie-1", "movie-2"]
+
+
+def test_the_mean_is_that_of_the_ratings(folder: Path) -> None:
+    assert load_ratings(["tweet"], folder)["mean"][:] == [0.5]
+
+
+def test_the_split_is_fixed_about_80_10_10_and_the_same_for_the_same_text(tmp_path: Path) -> None:
+    n = 2000
+    texts = [f"sentence {i}" for i in range(n)] + [f"Sentence  {i} " for i in range(n)]
+    (tmp_path / "tweets_GroundTruth.txt").write_text(
+        "".join(f"{i}\t0\t{text}\n" for i, text in enumerate(texts))
+    )
+    (tmp_path / "tweets_anonDataRatings.txt").write_text(
+        "".join(f"{i}\t0\t0\t[0, 0]\n" for i in range(2 * n))
+    )
+    split = load_ratings(["tweet"], tmp_path)["split"][:]
+    assert split[5:10] == ["train", "validation", "train", "validation", "test"]
+    assert split[:n] == split[n:]
+    shares = {name: split.count(name) / len(split) for name in ("train", "validation", "test")}
+    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.02)
+
+
+@pytest.mark.parametrize("sources", [[], ["book"], ["movie", "book"]])
+def test_an_unknown_source_names_the_right_ones(sources: list[str], folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"sources is .*'movie', 'product', 'editorial', 'tweet'"):
+        load_ratings(sources, folder)
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"amazonReviewSnippets_GroundTruth\.txt is missing"):
+        load_ratings(["product"], folder)
+
+
+@pytest.mark.parametrize("gap", [0.5, 1.0, 2.0])
+def test_all_pairs_are_exactly_those_with_the_gap(gap: float) -> None:
+    ratings = rated(12)
+    rows = list(ratings)
+    expected = {
+        (a["text"], b["text"])
+        for a, b in itertools.product(rows, rows)
+        if a["source"] == b["source"] and a["mean"] - b["mean"] >= gap
+    }
+    pairs = rating_pairs(ratings, gap, len(expected))
+    assert set(zip(pairs["chosen"], pairs["rejected"], strict=True)) == expected
+    by_text = {row["text"]: row for row in rows}
+    for pair in pairs:
+        assert pair["prompt"] == ""
+        for side in ("chosen", "rejected"):
+            assert pair[f"{side}_mean"] == by_text[pair[side]]["mean"]
+            assert pair[f"{side}_ratings"] == by_text[pair[side]]["ratings"]
+
+
+def test_pairs_follow_the_seed() -> None:
+    ratings = rated()
+    first, again, other = (rating_pairs(ratings, 1, 50, seed).to_dict() for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_means_of_one_decimal_reach_a_gap_of_one() -> None:
+    ratings = Dataset.from_dict(
+        {"source": ["a", "a"], "text": ["x", "y"], "mean": [0.4, 1.4], "ratings": [[0, 0], [1, 1]]}
+    )
+    assert rating_pairs(ratings, 1.0, 1)["chosen"][:] == ["y"]  # 1.4 - 0.4 is 0.99999...
+
+
+@pytest.mark.parametrize(("gap", "n"), [(0.0, 1), (-1.0, 1), (1.0, 0), (1.0, 10**6), (9.0, 1)])
+def test_impossible_pairs_are_refused(gap: float, n: int) -> None:
+    with pytest.raises(ValueError, match=r"(gap|n) is"):
+        rating_pairs(rated(), gap, n)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "ceiling"),
+    [
+        ([2, 2, 2], [-1, -1, -1], 1.0),
+        ([1, 1], [1, 1], 0.5),  # both say equal
+        # one of four agrees for sure (2 over 0): by hand over the draws of (2, -2) and (0, 0), the rater who
+        # said 2 leaves -2 as the others' mean and the one who said -2 leaves 2: always the contrary.
+        ([2, -2], [0, 0], 0.0),
+    ],
+)
+def test_the_human_ceiling_by_hand(chosen: list[int], rejected: list[int], ceiling: float) -> None:
+    pairs = Dataset.from_dict({"chosen_ratings": [chosen] * 8, "rejected_ratings": [rejected] * 8})
+    assert human_ceiling(pairs) == ceiling
+
+
+def test_the_human_ceiling_of_raters_who_differ() -> None:
+    """Of (3, 3, 3, -3) against (0, 0): the mean of any three is above 0, and three raters in four agree."""
+    pairs = Dataset.from_dict({"chosen_ratings": [[3, 3, 3, -3]] * 4000, "rejected_ratings": [[0, 0]] * 4000})
+    assert human_ceiling(pairs) == pytest.approx(0.75, abs=0.03)
+    assert human_ceiling(pairs, seed=1) == human_ceiling(pairs, seed=1) != human_ceiling(pairs, seed=2)
+
+
+def test_openings_are_unique_first_words_of_long_enough_sentences() -> None:
+    texts = ["one two three four five six", "one two three", "a b c d e", "one two three seven eight nine"]
+    prompts = openings(Dataset.from_dict({"text": texts}), words=2)["prompt"][:]
+    assert sorted(prompts) == ["a b", "one two"]
+    assert sorted(openings(Dataset.from_dict({"text": texts}), words=3)["prompt"][:]) == ["one two three"]
+
+
+def test_openings_follow_the_seed_and_refuse_too_many() -> None:
+    ratings = Dataset.from_dict({"text": [f"{i} b c d e f g" for i in range(50)]})
+    assert openings(ratings, n=9, seed=3)["prompt"][:] == openings(ratings, n=9, seed=3)["prompt"][:]
+    assert openings(ratings, n=9, seed=3)["prompt"][:] != openings(ratings, n=9, seed=4)["prompt"][:]
+    with pytest.raises(ValueError, match="n is 51; it must be from 1 to 50"):
+        openings(ratings, n=51)

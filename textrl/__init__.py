@@ -1,0 +1,57 @@
+"""textrl: text generation as reinforcement learning, as real Gymnasium environments.
+
+`import textrl` registers the environments and is quick; torch and transformers load with the first name that needs
+them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .env import Snapshot, TextEnv
+from .registration import register, register_built_in
+from .task import Task, symbol_tokenizer
+from .vector import TextVectorEnv
+
+if TYPE_CHECKING:
+    from .agent import Agent, AgentConfig
+    from .rewards import RewardModel, RewardModelConfig, train_reward_model, weighted_sum
+    from .rollout import Rollout
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Agent": "agent",
+    "AgentConfig": "agent",
+    "RewardModel": "rewards",
+    "RewardModelConfig": "rewards",
+    "Rollout": "rollout",
+    "train_reward_model": "rewards",
+    "weighted_sum": "rewards",
+}
+
+__all__ = [
+    "Agent",
+    "AgentConfig",
+    "RewardModel",
+    "RewardModelConfig",
+    "Rollout",
+    "Snapshot",
+    "Task",
+    "TextEnv",
+    "TextVectorEnv",
+    "register",
+    "symbol_tokenizer",
+    "train_reward_model",
+    "weighted_sum",
+]
+
+register_built_in()
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what needs torch when it is first used (PEP 562)."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,292 @@
+"""`TextEnv`: one episode of a task, token by token, as a Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from .task import Row, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Policy = Callable[[NDArray[np.int64]], Any]
+"""observations (B, L) int64 -> next-token logits (B, V), a tensor or an array."""
+
+Info = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An episode at one moment, to be restored into the environment it came from."""
+
+    row: Row
+    tokens: NDArray[np.int64]
+    prompt_length: int
+    length: int
+    ended: bool
+    rewards: tuple[float, ...]
+
+
+def seeded_generators(seed: int) -> tuple[np.random.Generator, int]:
+    """The generator of the prompts for a seed, kept apart from the stream that `action_space.seed(seed)` gives."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0x7E87,)))), seed
+
+
+def observation_space(task: Task) -> gym.spaces.Box:
+    """Token ids from the left, `V` where nothing is written: Box(0, V, (P + T,), int64)."""
+    return gym.spaces.Box(0, task.vocab_size, (task.max_prompt_tokens + task.max_new_tokens,), np.int64)
+
+
+def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
+    """Refuses a KL penalty without a reference, a negative or non-finite coefficient, a temperature of 0.
+
+    Raises:
+        ValueError: saying which argument, its value and what would be right.
+    """
+    if not (isinstance(kl_coef, (int, float)) and np.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef must be a number of at least 0; got {kl_coef!r}")
+    if kl_coef > 0 and reference is None:
+        raise ValueError(f"kl_coef={kl_coef} needs a reference to be close to: pass reference=model, or kl_coef=0")
+    if not (isinstance(temperature, (int, float)) and np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a number above 0; got {temperature!r}")
+
+
+class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
+    """Text generation as a Markov decision process: the state is the text so far, the action the next token.
+
+    An episode ends with the end token or after `max_new_tokens` tokens; both are `terminated`, because the horizon
+    is part of the task. The score of the text is paid at the last token. With a reference model each token costs
+    `kl_coef * (log pi(a|s) - log pi_ref(a|s))`, where pi is `env.unwrapped.policy`; while that is None the
+    environment pays `+kl_coef * log pi_ref(a|s)` and leaves the entropy bonus `-kl_coef * log pi(a|s)` to the agent.
+
+    Args:
+        task: what to say and how good it was.
+        reference: a causal language model (or the name or folder of one) to stay close to. It is frozen.
+        kl_coef: weight of the KL penalty, at least 0.
+        temperature: divides the reference's and the policy's logits before the softmax.
+        render_mode: None, "ansi", "human" or "rgb_array".
+
+    Attributes:
+        policy: None, or a callable observations (B, L) int64 -> logits (B, V).
+        kl_coef: may be changed between steps (an adaptive coefficient).
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        reference: PreTrainedModel | str | None = None,
+        kl_coef: float = 0.0,
+        temperature: float = 1.0,
+        render_mode: str | None = None,
+    ) -> None:
+        check_penalty(reference, kl_coef, temperature)
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode must be one of {self.metadata['render_modes']} or None; got {render_mode!r}")
+        self.task = task
+        self.kl_coef = float(kl_coef)
+        self.temperature = float(temperature)
+        self.render_mode = render_mode
+        self.policy: Policy | None = None
+        self.observation_space = observation_space(task)
+        self.action_space = gym.spaces.Discrete(task.vocab_size)
+        self.reference: PreTrainedModel | None = None
+        self._ref_logits: Policy | None = None
+        if reference is not None:
+            from .stepwise import frozen_reference
+
+            self.reference, self._ref_logits = frozen_reference(reference, task)
+        self._blank = np.full(self.observation_space.shape, task.vocab_size, dtype=np.int64)  # (L,)
+        self._prompt_rng: np.random.Generator | None = None
+        self._masked = type(task).allowed_tokens is not Task.allowed_tokens
+        self._row: Row = {}
+        self._tokens = self._blank
+        self._prompt_length = self._length = 0
+        self._ended: bool | None = None  # None: never reset
+        self._rewards: list[float] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.int64], Info]:
+        """Starts an episode with a new prompt.
+
+        Args:
+            seed: fixes the prompts from here on.
+            options: `{"row": {...}}` or `{"prompt": "..."}` starts from that row; other keys are left alone.
+
+        Returns:
+            observation (L,) int64 and info (`action_mask` where the task advises tokens).
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._prompt_rng, _ = seeded_generators(seed)
+        elif self._prompt_rng is None:
+            self._prompt_rng, _ = seeded_generators(int(self.np_random.integers(2**63)))
+        row = chosen_row(options)
+        if row is None:
+            row = self.task.sample(self._prompt_rng)
+        ids = self.task.encode(row)
+        self._row = row
+        self._tokens = self._blank.copy()
+        self._tokens[: len(ids)] = ids
+        self._prompt_length = self._length = len(ids)
+        self._ended = False
+        self._rewards = []
+        return self._tokens.copy(), self._mask_info() if self._masked else {}
+
+    def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, Info]:
+        """Appends one token.
+
+        Args:
+            action: the token's id, a whole number from 0 to V - 1.
+
+        Returns:
+            observation (L,) int64, reward (float), terminated, truncated (always False) and info: `ref_logprob` where
+            there is a reference, `kl` where a policy is attached too, and at the end `prompt`, `completion`, `text`,
+            `score` and `finish_reason` ("stop" or "length").
+
+        Raises:
+            ValueError: for an action that is not a token.
+            gym.error.ResetNeeded: before the first reset, and after the end of an episode.
+        """
+        if self._ended is not False:
+            what = "before the first reset" if self._ended is None else "after the end of the episode"
+            raise gym.error.ResetNeeded(f"step was called {what}: call reset() first")
+        task = self.task
+        token = check_action(action, task.vocab_size)
+        info: Info = {}
+        reward = 0.0
+        if self._ref_logits is not None:
+            reward += self._penalty(token, info)
+        self._tokens[self._length] = token
+        self._length += 1
+        generated = self._length - self._prompt_length
+        terminated = token == task.eos_token_id or generated == task.max_new_tokens
+        if terminated:
+            reward += self._finish(info)
+            self._ended = True
+        elif task.token_scores is not False:
+            reward += self._token_score()
+        if self._masked and not terminated:
+            info.update(self._mask_info())
+        self._rewards.append(reward)
+        return self._tokens.copy(), reward, terminated, False, info
+
+    def _penalty(self, token: int, info: Info) -> float:
+        """`-kl_coef * (log pi - log pi_ref)`, or `+kl_coef * log pi_ref` without a policy; fills `info`."""
+        assert self._ref_logits is not None
+        observation = self._tokens[None].copy()  # (1, L)
+        ref_logprob = chosen_logprobs(self._ref_logits(observation), [token], self.temperature)[0]
+        info["ref_logprob"] = ref_logprob
+        if self.policy is None:
+            return self.kl_coef * float(ref_logprob)
+        info["kl"] = chosen_logprobs(self.policy(observation), [token], self.temperature)[0] - ref_logprob
+        return -self.kl_coef * float(info["kl"])
+
+    def _response(self) -> list[int]:
+        return self._tokens[self._prompt_length : self._length].tolist()  # type: ignore[no-any-return]
+
+    def _token_score(self) -> float:
+        """The reward of the token just written, where the score gives one for every token; else 0."""
+        scores = self.task.evaluate([self._row], [self._response()])
+        return float(scores.tokens[0][-1]) if scores.tokens is not None else 0.0
+
+    def _finish(self, info: Info) -> float:
+        response = self._response()
+        text = self.task.decode([response])
+        scores = self.task.evaluate([self._row], [response], text)
+        prompt: str = self._row["prompt"]
+        info["prompt"] = prompt
+        info["completion"] = text[0]
+        info["text"] = prompt + text[0]
+        info["score"] = scores.totals[0]
+        info["finish_reason"] = "stop" if response[-1] == self.task.eos_token_id else "length"
+        return float(scores.totals[0] if scores.tokens is None else scores.tokens[0][-1])
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """(V,) bool: the tokens that the task advises now (all, for a task without masks)."""
+        responses = self._blank[None, : self.task.max_new_tokens].copy()  # (1, T)
+        if self._ended is not None:
+            responses[0, : self._length - self._prompt_length] = self._response()
+        mask = self.task.allowed_tokens([self._row], responses) if self._masked and self._ended is False else None
+        return np.ones(self.task.vocab_size, dtype=np.bool_) if mask is None else mask[0]
+
+    def _mask_info(self) -> Info:
+        return {"action_mask": self.action_masks().astype(np.int8)}
+
+    def snapshot(self) -> Snapshot:
+        """The episode as it stands, to come back to: tree search, best of n from a prefix, advantages by rollout.
+
+        Raises:
+            gym.error.ResetNeeded: before the first reset.
+        """
+        if self._ended is None:
+            raise gym.error.ResetNeeded("snapshot was called before the first reset: call reset() first")
+        return Snapshot(
+            dict(self._row), self._tokens.copy(), self._prompt_length, self._length, self._ended, tuple(self._rewards)
+        )
+
+    def restore(self, snapshot: Snapshot) -> NDArray[np.int64]:
+        """Goes back (or sideways) to a snapshot of this task; returns the observation there, (L,) int64."""
+        if snapshot.tokens.shape != self._blank.shape:
+            raise ValueError(
+                f"snapshot has an observation of shape {snapshot.tokens.shape}, this environment {self._blank.shape}"
+            )
+        self._row, self._tokens = dict(snapshot.row), snapshot.tokens.copy()
+        self._prompt_length, self._length = snapshot.prompt_length, snapshot.length
+        self._ended, self._rewards = snapshot.ended, list(snapshot.rewards)
+        return self._tokens.copy()
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The prompt and the response so far, told apart by a bar, as text."""
+        if self.render_mode is None or self._ended is None:
+            return None if self.render_mode is None else ""
+        return f"{self._row['prompt']} | {self.task.decode([self._response()])[0]}"
+
+
+def chosen_row(options: dict[str, Any] | None) -> Row | None:
+    """The row that `reset(options=...)` asks for, or None."""
+    if options is None:
+        return None
+    if "row" in options:
+        return options["row"]  # type: ignore[no-any-return]
+    return {"prompt": options["prompt"]} if "prompt" in options else None
+
+
+def check_action(action: Any, vocab_size: int) -> int:
+    """The action as an int.
+
+    Raises:
+        ValueError: for a float, a shape other than (), or an id outside the vocabulary.
+    """
+    if type(action) is not int:
+        if isinstance(action, np.ndarray) and action.shape not in ((), (1,)):
+            raise ValueError(f"action must be one token id, an integer; got an array of shape {action.shape}")
+        kind = getattr(action, "dtype", None)
+        if isinstance(action, (bool, float)) or (kind is not None and not np.issubdtype(kind, np.integer)):
+            raise ValueError(f"action must be an integer token id; got {action!r}")
+        try:
+            action = int(action)
+        except (TypeError, ValueError):
+            raise ValueError(f"action must be an integer token id; got {action!r}") from None
+    if not 0 <= action < vocab_size:
+        raise ValueError(f"action must be a token id from 0 to {vocab_size - 1}; got {action}")
+    return action  # type: ignore[no-any-return]
+
+
+def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:
+    """log softmax(logits / temperature) at the chosen tokens, in float32: (B, V), (B,) -> (B,)."""
+    import torch
+
+    scaled = torch.as_tensor(logits).detach().float() / temperature  # (B, V)
+    chosen = torch.as_tensor(np.asarray(tokens), device=scaled.device)[:, None]
+    return scaled.log_softmax(-1).gather(-1, chosen)[:, 0].cpu().numpy()  # type: ignore[no-any-return]

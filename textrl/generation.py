@@ -1,0 +1,221 @@
+"""The sampling loop: prompts are read once, then a token a step for the rows that still run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .policy import CausalPolicy
+from .stepwise import Slots, cacheable
+
+SHRINK_AT = 0.75
+"""The batch is cut down once no more than this share of its rows still run."""
+CHECK_EVERY_ON_GPU = 8
+"""Asking a GPU whether rows have ended stops it, so it is asked only every so many tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: only the k most probable tokens (0: all).
+        top_p: only the most probable tokens whose probabilities reach p together (1: all).
+        min_new_tokens: the end token cannot come before this many tokens.
+        greedy: the most probable token in place of a drawn one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        for name, value, fine, right in (
+            ("temperature", self.temperature, self.temperature > 0, "a number above 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "a whole number of at least 0"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {right}; got {value!r}")
+
+
+@dataclass
+class Generation:
+    """Sampled responses.
+
+    Attributes:
+        responses: (B, T) int64, 0 after the end.
+        lengths: (B,) int64, the end token counted.
+        logprobs: (B, T) float32 under the distribution that was drawn from, 0 after the end.
+    """
+
+    responses: Tensor
+    lengths: Tensor
+    logprobs: Tensor
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws one token a row by the inverse of the cumulative distribution.
+
+    Args:
+        logits: (B, V) float32.
+        uniforms: (B,) in [0, 1), one random number a row: a row's draw depends on no other row.
+        sampling: temperature and truncation.
+        forbidden: (B, V) bool, tokens that cannot come.
+
+    Returns:
+        tokens (B,) and their log-probabilities (B,) under the truncated, renormalised distribution.
+    """
+    scaled = logits / sampling.temperature
+    if forbidden is not None:
+        scaled = scaled.masked_fill(forbidden, -torch.inf)
+    if sampling.top_k and sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k, -1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scaled.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+    logprobs = scaled.log_softmax(-1)
+    if sampling.greedy:
+        tokens = scaled.argmax(-1)
+    else:
+        cumulative = logprobs.exp().cumsum(-1)  # (B, V)
+        total = cumulative[:, -1:]
+        point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    policy: CausalPolicy,
+    prompts: Sequence[NDArray[np.int64]],
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None = None,
+) -> Generation:
+    """Samples one response for each prompt.
+
+    Args:
+        policy: the language model.
+        prompts: B arrays of token ids, each at least one long.
+        max_new_tokens: T.
+        eos_token_ids: tokens that end a response.
+        sampling: default: the policy's temperature, no truncation.
+        generator: on the CPU, for the (B, T) random numbers, all drawn at once.
+        allowed: responses (B, T), V where unwritten -> (B, V) bool masks or None, in the order of the prompts.
+
+    Returns:
+        the responses, in the order of the prompts.
+    """
+    sampling = sampling or Sampling(temperature=policy.temperature)
+    device, batch = policy.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    width = int(lengths.max())
+    tokens = torch.zeros(batch, width + max_new_tokens, dtype=torch.int64, device=device)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = torch.from_numpy(np.asarray(prompt))
+    uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
+    ends = torch.tensor(list(eos_token_ids), device=device)
+    responses = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
+    counts = torch.zeros(batch, dtype=torch.int64, device=device)
+    running = torch.ones(batch, dtype=torch.bool, device=device)  # of the rows still in the batch
+    rows = torch.arange(batch, device=device)  # which prompt each of them answers
+    uniform_length = bool((lengths == width).all())
+    stepper = _Cached(policy, tokens, lengths) if cacheable(policy.model, tokens.shape[1]) else _Plain(policy, tokens)
+    logits = stepper.read(lengths, width)
+    for t in range(max_new_tokens):
+        forbidden = _forbidden(policy, responses, counts, rows, t, sampling, ends, allowed)
+        drawn, drawn_logprobs = draw(logits, uniforms[rows, t], sampling, forbidden)
+        responses[rows, t] = torch.where(running, drawn, 0)
+        logprobs[rows, t] = torch.where(running, drawn_logprobs, 0.0)
+        counts[rows] += running
+        running = running & ~torch.isin(drawn, ends)
+        if t + 1 == max_new_tokens:
+            break
+        if device.type == "cpu" or t % CHECK_EVERY_ON_GPU == CHECK_EVERY_ON_GPU - 1:
+            alive = int(running.sum())
+            if alive == 0:
+                break
+            if alive <= SHRINK_AT * len(rows):
+                keep = running.nonzero()[:, 0]
+                rows, running, drawn = rows[keep], running[keep], drawn[keep]
+                stepper.keep(keep)
+        logits = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
+    return Generation(responses, counts, logprobs)
+
+
+class _Cached:
+    """One forward a token, over the cache."""
+
+    def __init__(self, policy: CausalPolicy, tokens: Tensor, lengths: Tensor) -> None:
+        self.slots, self.tokens = Slots(policy, len(tokens), tokens.shape[1]), tokens
+
+    def read(self, lengths: Tensor, width: int) -> Tensor:
+        return self.slots.read(self.tokens[:, :width], lengths, self.slots.every_row)
+
+    def step(self, drawn: Tensor, columns: Tensor, column: int | None) -> Tensor:
+        return self.slots.step(drawn, columns, column)
+
+    def keep(self, rows: Tensor) -> None:
+        self.slots.keep(rows)
+
+
+class _Plain:
+    """The whole text again at every token, for models that take no cache of ours."""
+
+    def __init__(self, policy: CausalPolicy, tokens: Tensor) -> None:
+        self.policy, self.tokens = policy, tokens
+
+    def read(self, lengths: Tensor, width: int) -> Tensor:
+        each = torch.arange(len(self.tokens), device=lengths.device)
+        return self.policy.logits(self.policy.hidden(self.tokens[:, :width], each, lengths - 1))
+
+    def step(self, drawn: Tensor, columns: Tensor, column: int | None) -> Tensor:
+        self.tokens[torch.arange(len(drawn), device=drawn.device), columns] = drawn
+        return self.read(columns + 1, int(columns.max()) + 1)
+
+    def keep(self, rows: Tensor) -> None:
+        self.tokens = self.tokens[rows]
+
+
+def _forbidden(
+    policy: CausalPolicy,
+    responses: Tensor,
+    counts: Tensor,
+    rows: Tensor,
+    t: int,
+    sampling: Sampling,
+    ends: Tensor,
+    allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None,
+) -> Tensor | None:
+    """The tokens that cannot come at step t: (b, V) bool or None."""
+    forbidden = None
+    if allowed is not None:
+        written = torch.arange(responses.shape[1], device=responses.device) < counts[:, None]
+        mask = allowed(torch.where(written, responses, policy.vocab_size).cpu().numpy())
+        if mask is not None:
+            forbidden = ~torch.from_numpy(mask).to(responses.device)[rows]
+    if t < sampling.min_new_tokens:
+        if forbidden is None:
+            forbidden = torch.zeros(len(rows), policy.vocab_size, dtype=torch.bool, device=responses.device)
+        forbidden[:, ends] = True
+    return forbidden

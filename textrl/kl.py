@@ -1,0 +1,52 @@
+"""The divergence between two policies, estimated or in full, and the coefficient of its penalty."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log pi - log pi_ref: unbiased for KL(pi || pi_ref) under samples of pi, may be negative. Any shape."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(log pi - log pi_ref)^2 / 2: biased, never negative; its gradient is that of the KL. Any shape."""
+    return (logprobs - ref_logprobs) ** 2 / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(d) - 1 - d with d = log pi_ref - log pi: unbiased and never negative (Schulman 2020). Any shape."""
+    d = ref_logprobs - logprobs
+    return d.exp() - 1 - d
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(pi || pi_ref) summed over the whole vocabulary: (..., V), (..., V) -> (...)."""
+    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    terms = logprobs.exp() * (logprobs - ref_logprobs)
+    return terms.where(logprobs.exp() > 0, 0.0).sum(-1)
+
+
+class AdaptiveKL:
+    """A KL coefficient that follows a target (Ziegler 2019, section 2.2).
+
+    kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon
+
+    Args:
+        kl_coef: where it starts.
+        target: the KL per response (summed over its tokens, in nats) to hold.
+        horizon: episodes over which it may change by a factor of about e^0.2.
+    """
+
+    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
+        for name, value in (("kl_target", target), ("kl_horizon", horizon)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0; got {value!r}")
+        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl: float, episodes: int) -> float:
+        """The coefficient after a batch of `episodes` whose mean KL per response was `kl`."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * episodes / self.horizon
+        return self.kl_coef

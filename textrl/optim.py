@@ -1,0 +1,83 @@
+"""AdamW with float32 master weights, gradient clipping, and a refusal to step on gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """AdamW for parameters of any dtype: those below float32 are updated through float32 copies.
+
+    Args:
+        parameters: what learns.
+        learning_rate: the step size.
+        max_grad_norm: the global norm that gradients are clipped to; 0 does not clip.
+        weight_decay: decoupled, as in AdamW.
+        eps: 1e-5, as PPO wants it (Huang 2022, detail 3).
+
+    Attributes:
+        skipped: steps not taken because the gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 0.0,
+        eps: float = 1e-5,
+    ) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("model has no parameter that requires a gradient: nothing could be learned")
+        self.masters: list[Tensor] = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters
+        ]
+        self.adam = torch.optim.AdamW(
+            self.masters, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=True
+        )
+        self.max_grad_norm = max_grad_norm
+        self.skipped = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The step size; may be set between steps (a schedule)."""
+        return self.adam.param_groups[0]["lr"]  # type: ignore[no-any-return]
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = value
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self) -> float:
+        """Takes one step with the gradients at hand; returns their norm before clipping.
+
+        A norm that is not finite takes no step and is counted in `skipped`.
+        """
+        live = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
+        for parameter, master in live:
+            if parameter is not master:
+                master.grad = parameter.grad.float()  # type: ignore[union-attr]
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
+        norm = float(nn.utils.clip_grad_norm_([m for _, m in live], limit))
+        if math.isfinite(norm):
+            self.adam.step()
+            with torch.no_grad():
+                for parameter, master in live:
+                    if parameter is not master:
+                        parameter.copy_(master)
+        else:
+            self.skipped += 1
+        self.zero_grad()
+        for _, master in live:
+            master.grad = None
+        return norm

@@ -1,0 +1,140 @@
+"""Ids for tasks: `gym.make` and `gym.make_vec` reach every registered task, textrl's own and anybody's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode
+
+from .env import TextEnv
+from .task import Task
+from .vector import TextVectorEnv
+
+BUILT_IN = {
+    "textrl/Copy-v0": "textrl.envs.copy:Copy",
+    "textrl/Vowels-v0": "textrl.envs.vowels:Vowels",
+    "textrl/Text-v0": "textrl.envs.text:Text",
+}
+"""Adding an environment is one file in envs/ and one line here."""
+
+_registered: dict[str, str | type[Task]] = {}
+
+
+def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
+    """Makes a task reachable under an id, for `gym.make` and `gym.make_vec`.
+
+    Args:
+        id: "namespace/Name-v0".
+        task: the class, or "module:Class".
+        kwargs: defaults of its constructor, and of `TextEnv` (reference, kl_coef, temperature).
+
+    Raises:
+        ValueError: for something that is no `Task`, or an id already taken by another task.
+    """
+    if isinstance(task, type) and issubclass(task, Task):
+        named = f"{task.__module__}:{task.__qualname__}"
+        where: str | type[Task] = task if "<locals>" in named else named
+    elif isinstance(task, str) and task.count(":") == 1:
+        where = task
+    else:
+        raise ValueError(f'task must be a subclass of textrl.Task or "module:Class"; got {task!r}')
+    if id in gym.registry:
+        if _registered.get(id) == where:
+            return
+        raise ValueError(f"id {id!r} is registered already; choose another name or a higher version")
+    gym.register(
+        id,
+        entry_point="textrl.registration:make_env",
+        vector_entry_point="textrl.registration:make_vector_env",
+        kwargs={"task": where, **kwargs},
+    )
+    _registered[id] = where
+
+
+def register_built_in() -> None:
+    """Registers textrl's own environments; once is enough, twice does no harm."""
+    for id, task in BUILT_IN.items():
+        register(id, task)
+
+
+def registered() -> dict[str, str | type[Task]]:
+    """All ids registered through `register` in this process, with their tasks."""
+    return dict(_registered)
+
+
+def task_class(task: type[Task] | str) -> type[Task]:
+    """The class behind "module:Class".
+
+    Raises:
+        ValueError: where there is no such class.
+    """
+    if isinstance(task, type):
+        return task
+    module, _, name = task.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"task {task!r} cannot be imported: {error}") from None
+    return found  # type: ignore[no-any-return]
+
+
+def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
+    """An instance of a task.
+
+    Raises:
+        ValueError: for an argument its constructor does not take, naming those it does.
+    """
+    cls = task_class(task)
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in kwargs:
+            if name not in parameters:
+                raise ValueError(f"{name!r} is not an argument of {cls.__name__}; there are {list(parameters)}")
+    return cls(**kwargs)
+
+
+def make_env(
+    task: type[Task] | str,
+    *,
+    reference: Any = None,
+    kl_coef: float = 0.0,
+    temperature: float = 1.0,
+    render_mode: str | None = None,
+    **kwargs: Any,
+) -> TextEnv:
+    """The single environment of a registered task; `kwargs` are the task's."""
+    return TextEnv(
+        make_task(task, **kwargs),
+        reference=reference,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        render_mode=render_mode,
+    )
+
+
+def make_vector_env(
+    task: type[Task] | str,
+    num_envs: int = 1,
+    *,
+    reference: Any = None,
+    kl_coef: float = 0.0,
+    temperature: float = 1.0,
+    autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    render_mode: str | None = None,
+    **kwargs: Any,
+) -> TextVectorEnv:
+    """The native vector environment of a registered task; `kwargs` are the task's."""
+    return TextVectorEnv(
+        make_task(task, **kwargs),
+        num_envs,
+        reference=reference,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        autoreset_mode=autoreset_mode,
+        render_mode=render_mode,
+    )

@@ -1,0 +1,89 @@
+"""Returns, advantages and whitening: pure functions of (B, T) tensors and a mask of the agent's tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` over the places where `mask` is True; 0 where there are none. Shapes alike -> ()."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Biased variance (divided by the count) of `x` over the places where `mask` is True: -> ()."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the mask, 0 elsewhere; `keep_mean` adds the mean back (Ziegler 2019)."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return torch.where(mask, white + mean if keep_mean else white, 0.0)
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma * G_{t+1} over the agent's tokens: (B, T) -> (B, T), 0 outside the mask.
+
+    Places outside the mask between two of the agent's tokens (text that an environment added) are stepped over: they
+    cost no discount, and a reward there counts for the token before.
+    """
+    returns = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + torch.where(mask[:, t], gamma, 1.0) * running
+        returns[:, t] = torch.where(mask[:, t], running, 0.0)
+    return returns
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman 2016, eq. 16) over the agent's tokens; value 0 past the end.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t,  A_t = delta_t + gamma * lambda * A_{t+1}
+
+    Args:
+        rewards: (B, T).
+        values: (B, T), V of the state before each token.
+        mask: (B, T) bool, the agent's tokens; others are stepped over, and a reward there counts for the token before.
+        gamma: discount per token.
+        gae_lambda: lambda, 1 for Monte Carlo, 0 for one-step.
+
+    Returns:
+        advantages and returns (advantages + values), both (B, T), 0 outside the mask.
+    """
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[:, 0])
+    value = torch.zeros_like(advantage)  # V_{t+1}: zero past the end
+    between = torch.zeros_like(advantage)  # rewards at places that are not the agent's
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + between + gamma * value - values[:, t]
+        advantage = torch.where(here, delta + gamma * gae_lambda * advantage, advantage)
+        value = torch.where(here, values[:, t], value)
+        between = torch.where(here, 0.0, between + rewards[:, t])
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """Score minus the mean score of the other samples of its prompt (RLOO; Kool 2019, Ahmadian 2024).
+
+    Args:
+        scores: (B,), samples of one prompt next to each other.
+        group_size: k >= 2 samples a prompt; B is a multiple of it.
+
+    Returns:
+        (B,).
+    """
+    groups = scores.view(-1, group_size)  # (B/k, k)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).view(-1)
+
+
+def group_normalised(scores: Tensor, group_size: int) -> Tensor:
+    """(score - mean) / (std + 1e-4) within the samples of a prompt (GRPO; Shao 2024): (B,) -> (B,)."""
+    groups = scores.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)

@@ -1,0 +1,217 @@
+"""Reward functions: a reward model trained on preferences, and weighted sums of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from .logging import RunLog
+from .optim import Optimizer
+from .policy import train_last_layers, trainable, value_model, values_at, without_dropout
+from .task import call_score
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, eq. 1): (B,), (B,) -> ()."""
+    return -logsigmoid(chosen - rejected).mean()
+
+
+class RewardModel:
+    """A language model's trunk with a scalar on the last token, callable as a reward function.
+
+    It reads text, so its tokenizer may differ from the policy's. A text is its prompt and completion, between the
+    begin token (where the tokenizer has one) and the end token.
+
+    Args:
+        model: an `AutoModelForSequenceClassification` with one label.
+        tokenizer: its own tokenizer.
+        max_length: longer texts lose their beginning.
+        tokens_at_once: bound on the tokens (padding too) of one forward.
+
+    Attributes:
+        mean, std: scores are (scalar - mean) / std.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int = 512,
+        tokens_at_once: int = 4096,
+    ) -> None:
+        self.model = without_dropout(model)
+        self.tokenizer = tokenizer
+        self.max_length, self.tokens_at_once = max_length, tokens_at_once
+        self.mean = float(getattr(model.config, "score_mean", 0.0))
+        self.std = float(getattr(model.config, "score_std", 1.0))
+
+    @classmethod
+    def from_language_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **options: Any
+    ) -> Self:
+        """An untrained reward model on a copy of a language model's trunk; the head has std 1/sqrt(d + 1)."""
+        width: int = model.config.get_text_config().hidden_size
+        return cls(value_model(model, seed=seed, std=1 / math.sqrt(width + 1)), tokenizer, **options)
+
+    @classmethod
+    def load(cls, folder: str | Path, **options: Any) -> Self:
+        """A reward model as `save` left it, or any sequence classifier with one label.
+
+        Raises:
+            ValueError: for a folder that holds none.
+        """
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"folder {str(folder)!r} holds no reward model ({first})") from None
+        return cls(model, tokenizer, **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model, tokenizer and normalisation; loadable with `from_pretrained`."""
+        self.model.config.score_mean, self.model.config.score_std = self.mean, self.std
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Scores, normalised, in the calling convention of `Task.score`."""
+        with torch.no_grad():
+            scalars = self.scalars([p + c for p, c in zip(prompts, completions, strict=True)])
+        return ((scalars - self.mean) / self.std).tolist()  # type: ignore[no-any-return]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole texts, with the begin and the end token."""
+        plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        room = self.max_length - len(begin) - 1
+        return [[*begin, *ids[-room:], self.tokenizer.eos_token_id] for ids in plain]
+
+    def scalars(self, texts: Sequence[str]) -> Tensor:
+        """The raw scalar of each text, (B,) float32, differentiable; texts of like length share a forward."""
+        ids = self.encode(texts)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        pieces, start = [], 0
+        while start < len(order):
+            longest = len(ids[order[start]])
+            part = [ids[i] for i in order[start : start + max(1, self.tokens_at_once // longest)]]
+            tokens = torch.zeros(len(part), longest, dtype=torch.int64)
+            for row, one in zip(tokens, part, strict=True):
+                row[: len(one)] = torch.tensor(one)
+            lengths = torch.tensor([len(one) for one in part])
+            device = self.model.device
+            rows = torch.arange(len(part), device=device)
+            pieces.append(values_at(self.model, tokens.to(device), rows, (lengths - 1).to(device)))
+            start += len(part)
+        places = torch.tensor(order, device=self.model.device)
+        return torch.cat(pieces)[places.argsort()]
+
+    def standardise(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        """Shifts and scales the scores to mean 0, standard deviation 1 on these samples (of the reference)."""
+        with torch.no_grad():
+            scalars = self.scalars([p + c for p, c in zip(prompts, completions, strict=True)])
+        self.mean, self.std = float(scalars.mean()), max(float(scalars.std()), 1e-6)
+
+    def accuracy(self, pairs: Dataset) -> float:
+        """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
+        with torch.no_grad():
+            chosen, rejected = self._both(pairs[:])
+        return float(((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean())
+
+    def _both(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
+        """Scalars of chosen and rejected, (B,) each, from one pass over both."""
+        chosen = [p + c for p, c in zip(pairs["prompt"], pairs["chosen"], strict=True)]
+        rejected = [p + r for p, r in zip(pairs["prompt"], pairs["rejected"], strict=True)]
+        both = self.scalars(chosen + rejected)
+        return both[: len(chosen)], both[len(chosen) :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """Settings of reward-model training."""
+
+    learning_rate: float = 1e-4  # step size of AdamW, falling linearly to zero
+    batch_size: int = 16  # pairs a step
+    epochs: int = 1  # passes over the pairs
+    seed: int = 0  # of the order of the pairs
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    weight_decay: float = 0.0  # of AdamW
+    trainable_layers: int | None = None  # only the last so many blocks learn; None: all
+
+
+def train_reward_model(
+    reward_model: RewardModel,
+    pairs: Dataset,
+    config: RewardModelConfig | None = None,
+    *,
+    log_dir: str | Path | None = None,
+    progress_bar: bool = False,
+) -> None:
+    """Fits a reward model to preference pairs in place.
+
+    Args:
+        reward_model: to be trained.
+        pairs: columns "prompt", "chosen" and "rejected", texts.
+        config: settings.
+        log_dir: where `progress.csv` and TensorBoard's files go.
+        progress_bar: shows a bar and a row a step.
+
+    Raises:
+        ValueError: for an empty dataset or missing columns.
+    """
+    config = config or RewardModelConfig()
+    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
+    if missing or len(pairs) == 0:
+        raise ValueError(
+            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
+            f" {pairs.column_names}"
+        )
+    train_last_layers(reward_model.model, config.trainable_layers)
+    optimizer = Optimizer(
+        trainable(reward_model.model), config.learning_rate, config.max_grad_norm, config.weight_decay
+    )
+    rng = np.random.default_rng(config.seed)
+    order = np.concatenate([rng.permutation(len(pairs)) for _ in range(config.epochs)])
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    with RunLog(log_dir, progress_bar, len(order), "reward model", unit="pairs") as log:
+        for step, batch in enumerate(batches):
+            optimizer.learning_rate = config.learning_rate * (1 - step / len(batches))
+            chosen, rejected = reward_model._both(pairs[batch])
+            loss = preference_loss(chosen, rejected)
+            loss.backward()  # type: ignore[no-untyped-call]
+            metrics = {
+                "train/loss": float(loss.detach()),
+                "train/accuracy": float((chosen > rejected).float().mean()),
+                "train/grad_norm": optimizer.step(),
+            }
+            seen = min((step + 1) * config.batch_size, len(order))
+            log.write(metrics, seen, step + 1, seen)
+    reward_model.model.requires_grad_(False)
+
+
+def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callable[..., list[float]]:
+    """One reward function that adds several up.
+
+    Args:
+        rewards: functions in the calling convention of `Task.score`, each with its weight.
+    """
+
+    def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        parts = [np.asarray(call_score(fn, prompts, completions, columns), dtype=np.float64) for fn, _ in rewards]
+        return sum(weight * part for (_, weight), part in zip(rewards, parts, strict=True)).tolist()  # type: ignore
+
+    return score

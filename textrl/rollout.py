@@ -1,0 +1,366 @@
+"""`Rollout`, a batch of episodes as tensors, and the two ways to collect one: sampled whole, or stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .env import TextEnv
+from .generation import Sampling, generate
+from .policy import CausalPolicy
+from .returns import masked_mean
+from .task import Row, Task
+from .vector import TextVectorEnv
+
+
+@dataclass
+class Rollout:
+    """A batch of B episodes, at most T response tokens each.
+
+    Attributes:
+        tokens: (B, S) int64, each row its prompt and then its response, from the left; 0 after the end.
+        prompt_lengths: (B,) int64.
+        action_mask: (B, T) bool, which tokens of the response region were the agent's.
+        logprobs: (B, T) float32, of the agent's tokens under the policy that drew them; 0 elsewhere, as below.
+        rewards: (B, T) float32, as the environment paid them: the score and the KL penalty.
+        scores: (B,) float32, the task's score of each response.
+        stopped: (B,) bool, whether the response ended by itself (with the end token).
+        rows: B rows of the task.
+        completions: B responses as text.
+        ref_logprobs: (B, T), under the frozen reference, or None without one.
+        allowed: (B, T, V) bool, the action masks that held when the tokens were drawn, or None.
+        values: (B, T), the critic's, once an agent has asked it.
+        advantages: (B, T), once an agent has computed them.
+        returns: (B, T), likewise.
+        group_size: samples of one prompt that stand next to each other.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    action_mask: Tensor
+    logprobs: Tensor
+    rewards: Tensor
+    scores: Tensor
+    stopped: Tensor
+    rows: list[Row] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    ref_logprobs: Tensor | None = None
+    allowed: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    group_size: int = 1
+
+    def __len__(self) -> int:
+        """B, the number of episodes."""
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """The agent's tokens in the batch: its timesteps."""
+        return int(self.action_mask.sum())
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """(B,) int64: tokens from the first of the response to the agent's last."""
+        places = torch.arange(1, self.action_mask.shape[1] + 1, device=self.tokens.device)
+        return (self.action_mask * places).amax(1)
+
+    @property
+    def responses(self) -> Tensor:
+        """(B, T) int64: the response region, 0 outside the agent's tokens."""
+        columns = self.prompt_lengths[:, None] + torch.arange(self.action_mask.shape[1], device=self.tokens.device)
+        found = self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
+        return torch.where(self.action_mask, found, 0)
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the n agent tokens stand: rows (n,), the columns (n,) that predict them, the tokens (n,)."""
+        rows, steps = self.action_mask.nonzero(as_tuple=True)
+        columns = self.prompt_lengths[rows] + steps
+        return rows, columns - 1, self.tokens[rows, columns]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """(n,) numbers, one an agent token, back into (B, T), 0 elsewhere."""
+        out = flat.new_zeros(self.action_mask.shape)
+        return out.masked_scatter(self.action_mask, flat)
+
+    def select(self, indices: Tensor) -> Rollout:
+        """The episodes with these indices, cut to the longest of them."""
+        lengths = (self.prompt_lengths + self.response_lengths)[indices]
+        width, steps = int(lengths.max()), max(1, int(self.response_lengths[indices].max()))
+        changes: dict[str, Any] = {"group_size": 1}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                part = value[indices]
+                if each.name == "tokens":
+                    part = part[:, :width]
+                elif part.ndim > 1:
+                    part = part[:, :steps]
+                changes[each.name] = part
+            elif isinstance(value, list):
+                changes[each.name] = [value[i] for i in indices.tolist()] if value else []
+        return replace(self, **changes)
+
+    def metrics(self) -> dict[str, float]:
+        """What the batch says about the policy, before any update."""
+        lengths = self.action_mask.sum(1).float()
+        out = {
+            "rollout/score": self.scores.mean(),
+            "rollout/score_std": self.scores.std(unbiased=False),
+            "rollout/return": self.rewards.sum(1).mean(),
+            "rollout/response_length": lengths.mean(),
+            "rollout/stopped": self.stopped.float().mean(),
+            "rollout/surprisal": -masked_mean(self.logprobs, self.action_mask),
+        }
+        if self.ref_logprobs is not None:
+            out["rollout/kl_reference"] = (self.logprobs - self.ref_logprobs).sum(1).mean()
+        return {key: float(value) for key, value in out.items()}
+
+
+def pad_responses(
+    prompts: Sequence[Sequence[int] | NDArray[np.int64]], responses: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays prompts and responses out as a `Rollout` does: tokens (B, S), prompt_lengths (B,), action_mask (B, T)."""
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    lengths = torch.tensor([len(r) for r in responses])
+    tokens = torch.zeros(len(prompts), int((prompt_lengths + lengths).max()), dtype=torch.int64)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = torch.tensor([*prompt, *response])
+        tokens[i, : len(ids)] = ids
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    return tokens.to(device), prompt_lengths.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def reference_logprobs(reference: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> Tensor:
+    """The reference's log-probabilities of whole responses, in batched forwards: (B, T) float32."""
+    out = torch.zeros_like(rollout.logprobs)
+    for part in microbatches(rollout, tokens_at_once):
+        batch = rollout.select(part)
+        rows, columns, targets = batch.places()
+        logprobs, _ = reference.logprobs(reference.hidden(batch.tokens, rows, columns), targets)
+        out[part, : batch.action_mask.shape[1]] = batch.spread(logprobs)
+    return out
+
+
+def microbatches(rollout: Rollout, tokens_at_once: int) -> list[Tensor]:
+    """Indices of the episodes, alike in length together, at most `tokens_at_once` tokens (padding too) a part."""
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu()
+    order = lengths.argsort(descending=True, stable=True)
+    parts, start = [], 0
+    while start < len(order):
+        count = max(1, tokens_at_once // int(lengths[order[start]]))
+        parts.append(order[start : start + count].to(rollout.tokens.device))
+        start += count
+    return parts
+
+
+def collect_sampled(
+    env: TextEnv | TextVectorEnv,
+    policy: CausalPolicy,
+    batch_size: int,
+    *,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    group_size: int = 1,
+    tokens_at_once: int = 16384,
+) -> Rollout:
+    """Samples whole responses; the reference and the score are asked once for the batch.
+
+    The same observations, actions and rewards as stepping `env` with the policy attached, but faster.
+
+    Args:
+        env: an environment nobody has wrapped.
+        policy: at the environment's temperature.
+        batch_size: B, a multiple of group_size.
+        rng: draws the prompts.
+        generator: draws the tokens.
+        group_size: samples of each prompt.
+        tokens_at_once: bound on the tokens of one forward of the reference.
+    """
+    task = env.task
+    rows = [row for _ in range(batch_size // group_size) for row in [task.sample(rng)] * group_size]
+    prompts = [task.encode(row) for row in rows]
+    seen: list[NDArray[np.bool_]] = []
+    allowed = None
+    if type(task).allowed_tokens is not Task.allowed_tokens:
+
+        def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+            mask = task.allowed_tokens(rows, responses)
+            if mask is not None:
+                seen.append(mask)
+            return mask
+
+    sampled = generate(
+        policy,
+        prompts,
+        task.max_new_tokens,
+        [task.eos_token_id],
+        sampling=Sampling(temperature=policy.temperature),
+        generator=generator,
+        allowed=allowed,
+    )
+    steps = int(sampled.lengths.max())
+    mask = torch.arange(steps, device=policy.device) < sampled.lengths[:, None]
+    ids = [r[:n] for r, n in zip(sampled.responses.tolist(), sampled.lengths.tolist(), strict=True)]
+    tokens, prompt_lengths, _ = pad_responses(prompts, ids, policy.device)
+    last = sampled.responses.gather(1, sampled.lengths[:, None] - 1)[:, 0]
+    completions = task.decode(ids)
+    rollout = Rollout(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        action_mask=mask,
+        logprobs=sampled.logprobs[:, :steps],
+        rewards=torch.zeros(mask.shape, device=policy.device),
+        scores=torch.zeros(len(rows), device=policy.device),
+        stopped=last == task.eos_token_id,
+        rows=rows,
+        completions=completions,
+        group_size=group_size,
+    )
+    if seen:
+        rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)
+    scores = task.evaluate(rows, ids, completions)
+    rollout.scores = torch.from_numpy(scores.totals).float().to(policy.device)
+    if scores.tokens is None:
+        rollout.rewards.scatter_(1, sampled.lengths[:, None] - 1, rollout.scores[:, None])
+    else:
+        rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(policy.device))
+    if env.reference is not None:
+        reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
+        rollout.ref_logprobs = reference_logprobs(reference, rollout, tokens_at_once)
+        rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
+    return rollout
+
+
+Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
+"""observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
+
+
+@dataclass
+class _Episode:
+    prompt: NDArray[np.int64]
+    row: Row = field(default_factory=dict)
+    actions: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+    masks: list[NDArray[np.bool_]] = field(default_factory=list)
+    score: float = 0.0
+    completion: str = ""
+
+
+def collect_stepped(
+    env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any],
+    task: Task,
+    act: Act,
+    batch_size: int,
+    *,
+    device: torch.device,
+    seed: int | None = None,
+    missing_penalty: float = 0.0,
+) -> Rollout:
+    """Steps an environment, whatever wraps it, until `batch_size` episodes are whole.
+
+    Every row of a vector environment plays the same number of episodes, so that short ones are not preferred.
+
+    Args:
+        env: single or vector, with the observations of `TextEnv`.
+        task: what the environment plays.
+        act: the agent.
+        batch_size: B; with a vector environment rounded up to a multiple of `num_envs`.
+        device: where the tensors go.
+        seed: for the first reset.
+        missing_penalty: kl_coef, where the environment could not be told the policy and leaves `-kl_coef * log pi` to
+            the agent; else 0.
+    """
+    vector = isinstance(env, gym.vector.VectorEnv)
+    number = env.num_envs if vector else 1
+    mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) if vector else AutoresetMode.DISABLED
+    quota = -(-batch_size // number)
+    finished: list[list[_Episode]] = [[] for _ in range(number)]
+    observations, infos = env.reset(seed=seed)
+    observations = observations if vector else observations[None]
+    running: list[_Episode | None] = [_Episode(_written(o, task)) for o in observations]
+    while any(len(done) < quota for done in finished):
+        actions, logprobs, masks = act(observations)
+        step = env.step(actions if vector else int(actions[0]))
+        observations, rewards, terminated, truncated, infos = step if vector else _batched(*step)
+        ended = np.asarray(terminated) | np.asarray(truncated)
+        for i, episode in enumerate(running):
+            if episode is None:  # NEXT_STEP: this step was the reset
+                running[i] = _Episode(_written(observations[i], task))
+                continue
+            episode.actions.append(int(actions[i]))
+            episode.logprobs.append(float(logprobs[i]))
+            episode.rewards.append(float(rewards[i]) - missing_penalty * float(logprobs[i]))
+            if masks is not None:
+                episode.masks.append(masks[i])
+            said = infos.get("final_info", infos) if ended[i] and mode == AutoresetMode.SAME_STEP else infos
+            if "ref_logprob" in said:
+                episode.ref_logprobs.append(float(said["ref_logprob"][i]))
+            if ended[i]:
+                if "score" in said:
+                    episode.score, episode.completion = float(said["score"][i]), said["completion"][i]
+                    episode.row = {"prompt": said["prompt"][i]}
+                else:
+                    episode.score = sum(episode.rewards)
+                if len(finished[i]) < quota:
+                    finished[i].append(episode)
+                running[i] = None
+        if mode == AutoresetMode.DISABLED and ended.any():
+            if vector:
+                observations, infos = env.reset(options={"reset_mask": ended})
+            else:
+                observations = env.reset()[0][None]
+        if mode != AutoresetMode.NEXT_STEP:
+            for i in np.flatnonzero(ended):
+                running[i] = _Episode(_written(observations[i], task))
+    return _stack([episode for done in finished for episode in done], task, device)
+
+
+def _batched(observation: Any, reward: Any, terminated: Any, truncated: Any, info: dict[str, Any]) -> tuple[Any, ...]:
+    return observation[None], [reward], [terminated], [truncated], {key: [value] for key, value in info.items()}
+
+
+def _written(observation: NDArray[np.int64], task: Task) -> NDArray[np.int64]:
+    return observation[observation != task.vocab_size]
+
+
+def _stack(episodes: list[_Episode], task: Task, device: torch.device) -> Rollout:
+    tokens, prompt_lengths, mask = pad_responses(
+        [e.prompt for e in episodes], [e.actions for e in episodes], device
+    )
+    rollout = Rollout(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        action_mask=mask,
+        logprobs=torch.zeros(mask.shape, device=device),
+        rewards=torch.zeros(mask.shape, device=device),
+        scores=torch.tensor([e.score for e in episodes], device=device),
+        stopped=torch.tensor([e.actions[-1] == task.eos_token_id for e in episodes], device=device),
+        rows=[e.row for e in episodes],
+        completions=[e.completion for e in episodes],
+    )
+
+    def flat(name: str) -> Tensor:
+        return rollout.spread(torch.tensor([x for e in episodes for x in getattr(e, name)], device=device))
+
+    rollout.logprobs, rollout.rewards = flat("logprobs"), flat("rewards")
+    if episodes[0].ref_logprobs:
+        rollout.ref_logprobs = flat("ref_logprobs")
+    if episodes[0].masks:
+        allowed = torch.ones(*mask.shape, task.vocab_size, dtype=torch.bool)
+        for i, episode in enumerate(episodes):
+            allowed[i, : len(episode.masks)] = torch.from_numpy(np.stack(episode.masks))
+        rollout.allowed = allowed.to(device)
+    return rollout
