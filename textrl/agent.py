@@ -24,6 +24,7 @@ from .logging import RunLog
 from .optim import Optimizer
 from .policy import (
     CausalPolicy,
+    few_threads,
     load_model,
     pick_device,
     pick_dtype,
@@ -284,7 +285,7 @@ class Agent:
         """
         check("total_timesteps", total_timesteps, total_timesteps > 0, "above 0")
         start, goal = self.num_timesteps, self.num_timesteps + total_timesteps
-        with RunLog(log_dir, progress_bar, total_timesteps, type(self).__name__) as log:
+        with few_threads(self.model), RunLog(log_dir, progress_bar, total_timesteps, type(self).__name__) as log:
             while self.num_timesteps < goal:
                 began = time.perf_counter()
                 rollout = self.collect()

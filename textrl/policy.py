@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,19 @@ def train_last_layers(model: nn.Module, layers: int | None) -> None:
             module.requires_grad_(False)
     for block in list(blocks)[: len(blocks) - layers]:
         block.requires_grad_(False)
+
+
+@contextmanager
+def few_threads(model: nn.Module) -> Iterator[None]:
+    """One CPU thread for a small model: its matrices are so small that threads wait longer than they work."""
+    before = torch.get_num_threads()
+    small = sum(p.numel() for p in model.parameters()) < 2_000_000
+    if small and next(model.parameters()).device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class CausalPolicy:
