@@ -6,7 +6,8 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,18 +22,45 @@ if TYPE_CHECKING:
 MANIFEST = "agent.json"
 
 
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON beside and then renames it: the file is there whole or as it was."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
+    """A new folder to write into, renamed to `folder` at the end; what stood there before is replaced.
+
+    Args:
+        folder: where the result goes.
+        mark: a file that must be in an old folder for it to be replaced.
+
+    Raises:
+        ValueError: where `folder` holds files but not the mark.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).exists())):
+        raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        yield part
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def save_agent(agent: Agent, folder: Path) -> None:
     """Writes an agent into `folder`, whole or not at all; what stood there before is replaced.
 
     The policy and its tokenizer lie at the top, so `AutoModelForCausalLM.from_pretrained(folder)` works; every other
     module has a folder of its own (a `PreTrainedModel`) or a safetensors file.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise ValueError(f"folder must be empty, new, or an agent's; {str(folder)!r} holds other files")
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        part.chmod(0o755)
+    with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
             if isinstance(module, PreTrainedModel):
                 module.save_pretrained(part if name == "policy" else part / name)
@@ -47,12 +75,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
             "num_updates": agent.num_updates,
             "kl_coef": agent.base.kl_coef,
         }
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        write_json(part / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

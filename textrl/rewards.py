@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from .checkpoint import whole_folder
 from .logging import RunLog
 from .optim import Optimizer
 from .policy import train_last_layers, trainable, value_model, values_at, without_dropout
@@ -85,8 +86,9 @@ class RewardModel:
     def save(self, folder: str | Path) -> None:
         """Writes model, tokenizer and normalisation; loadable with `from_pretrained`."""
         self.model.config.score_mean, self.model.config.score_std = self.mean, self.std
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with whole_folder(Path(folder), "config.json") as part:
+            self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         """Scores, normalised, in the calling convention of `Task.score`."""

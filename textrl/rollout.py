@@ -174,9 +174,7 @@ def collect_sampled(
     group_size: int = 1,
     tokens_at_once: int = 16384,
 ) -> Rollout:
-    """Samples whole responses; the reference and the score are asked once for the batch.
-
-    The same observations, actions and rewards as stepping `env` with the policy attached, but faster.
+    """Samples whole responses to prompts of the task.
 
     Args:
         env: an environment nobody has wrapped.
@@ -187,8 +185,32 @@ def collect_sampled(
         group_size: samples of each prompt.
         tokens_at_once: bound on the tokens of one forward of the reference.
     """
+    rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
+    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once)
+    rollout.group_size = group_size
+    return rollout
+
+
+def sample_episodes(
+    env: TextEnv | TextVectorEnv,
+    policy: CausalPolicy,
+    rows: Sequence[Row],
+    *,
+    generator: torch.Generator,
+    tokens_at_once: int = 16384,
+) -> Rollout:
+    """Samples one whole response to each row; the reference and the score are asked once for the batch.
+
+    The same observations, actions and rewards as stepping `env` with the policy attached, but faster.
+
+    Args:
+        env: an environment nobody has wrapped.
+        policy: at the environment's temperature.
+        rows: B rows of the task.
+        generator: draws the tokens.
+        tokens_at_once: bound on the tokens of one forward of the reference.
+    """
     task = env.task
-    rows = [row for _ in range(batch_size // group_size) for row in [task.sample(rng)] * group_size]
     prompts = [task.encode(row) for row in rows]
     seen: list[NDArray[np.bool_]] = []
     allowed = None
@@ -223,9 +245,8 @@ def collect_sampled(
         rewards=torch.zeros(mask.shape, device=policy.device),
         scores=torch.zeros(len(rows), device=policy.device),
         stopped=last == task.eos_token_id,
-        rows=rows,
+        rows=list(rows),
         completions=completions,
-        group_size=group_size,
     )
     if seen:
         rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)

@@ -1,0 +1,109 @@
+"""A run as one self-contained page: figures, tables and samples, every text escaped."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+
+@dataclass
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: its heading.
+        text: a sentence or two.
+        header: the columns of its table.
+        rows: the table's cells, as text.
+        curves: (name, x, y) each; drawn side by side.
+    """
+
+    title: str
+    text: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    curves: Sequence[tuple[str, list[float], list[float]]] = field(default_factory=list)
+
+
+def write_report(file: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
+    """Writes a page that needs nothing beside itself: no script, no network.
+
+    Args:
+        file: where.
+        title: of the page.
+        summary: one sentence below it.
+        sections: in order. Control characters in their texts are shown as their pictures, markup as text.
+    """
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["visible"] = visible
+    page.globals["drawing"] = Drawing
+    template = page.from_string((files("textrl") / "report.html").read_text(encoding="utf-8"))
+    part = file.with_name(file.name + ".part")
+    part.write_text(template.render(title=title, summary=summary, sections=sections), encoding="utf-8")
+    part.replace(file)
+
+
+class Drawing:
+    """One curve as the numbers of an SVG of 320 by 180: points, axis labels, the last value."""
+
+    def __init__(self, name: str, x: list[float], y: list[float]) -> None:
+        low, high = min(y), max(y)
+        if high - low < 1e-9:
+            low, high = low - 0.5, high + 0.5
+        across = max(x[-1] - x[0], 1e-9)
+        self.name = name
+        self.low, self.high = f"{low:.3g}", f"{high:.3g}"
+        self.first, self.end = f"{x[0]:.0f}", f"{x[-1]:.0f}"
+        self.last = f"{y[-1]:.3g}"
+        places = [(44 + 264 * (a - x[0]) / across, 148 - 118 * (b - low) / (high - low)) for a, b in zip(x, y, strict=True)]
+        self.points = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        self.dot = places[-1]
+
+
+def curves(progress: Path, names: Mapping[str, str], x: str = "time/timesteps") -> list[tuple[str, list[float], list[float]]]:
+    """The named columns of a run's `progress.csv` that are there, each as (title, x, y).
+
+    Args:
+        progress: the file.
+        names: column -> title.
+        x: the column of the x axis.
+    """
+    with progress.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    out = []
+    for column, title in names.items():
+        points = [(float(row[x]), float(row[column])) for row in rows if row.get(column)]
+        points = [(a, b) for a, b in points if math.isfinite(b)]
+        if points:
+            out.append((title, [a for a, _ in points], [b for _, b in points]))
+    return out
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct n-grams of words as a share of all in the texts together (Li 2016): a sign of collapse when low."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def visible(text: object) -> str:
+    """A text whose control characters, and those that turn the direction of writing, are shown as pictures."""
+    out = []
+    for char in str(text):
+        code = ord(char)
+        if code < 32:
+            out.append(chr(0x2400 + code))
+        elif code == 127:
+            out.append("\u2421")
+        elif 0x80 <= code < 0xA0 or code in (0x200E, 0x200F, 0x061C, 0xFEFF) or 0x202A <= code <= 0x202E:
+            out.append(f"<U+{code:04X}>")
+        elif 0x2066 <= code <= 0x2069 or 0xD800 <= code <= 0xDFFF:
+            out.append(f"<U+{code:04X}>")
+        else:
+            out.append(char)
+    return "".join(out)
