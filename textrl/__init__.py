@@ -16,17 +16,26 @@ from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from .agent import Agent, AgentConfig
+    from .exact import Evaluation, Solution, evaluate_exact, exact_gradient, solve
     from .rewards import RewardModel, RewardModelConfig, train_reward_model, weighted_sum
     from .rollout import Rollout
+    from .tabular import TabularLM, tabular_model
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Agent": "agent",
     "AgentConfig": "agent",
+    "Evaluation": "exact",
     "RewardModel": "rewards",
     "RewardModelConfig": "rewards",
     "Rollout": "rollout",
+    "Solution": "exact",
+    "TabularLM": "tabular",
+    "evaluate_exact": "exact",
+    "exact_gradient": "exact",
+    "solve": "exact",
+    "tabular_model": "tabular",
     "train_reward_model": "rewards",
     "weighted_sum": "rewards",
 }
@@ -34,15 +43,22 @@ _LAZY = {
 __all__ = [
     "Agent",
     "AgentConfig",
+    "Evaluation",
     "RewardModel",
     "RewardModelConfig",
     "Rollout",
     "Snapshot",
+    "Solution",
+    "TabularLM",
     "Task",
     "TextEnv",
     "TextVectorEnv",
+    "evaluate_exact",
+    "exact_gradient",
     "register",
+    "solve",
     "symbol_tokenizer",
+    "tabular_model",
     "train_reward_model",
     "weighted_sum",
 ]

@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .tabular import register_tabular
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -127,6 +129,7 @@ def load_model(
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    register_tabular()
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
