@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from .task import Row, Task
+from .render import RENDER_MODES, Picture, draw, show
+from .scores import shorten
+from .task import Row, RowStream, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +35,10 @@ class Snapshot:
     length: int
     ended: bool
     rewards: tuple[float, ...]
+    kls: tuple[float, ...]
 
 
-def seeded_generators(seed: int) -> tuple[np.random.Generator, int]:
-    """The generator of the prompts for a seed, kept apart from the stream that `action_space.seed(seed)` gives."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0x7E87,)))), seed
-
-
-def observation_space(task: Task) -> gym.spaces.Box:
+def observation_space(task: Task) -> Any:
     """Token ids from the left, `V` where nothing is written: Box(0, V, (P + T,), int64)."""
     return gym.spaces.Box(0, task.vocab_size, (task.max_prompt_tokens + task.max_new_tokens,), np.int64)
 
@@ -78,7 +77,10 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         kl_coef: may be changed between steps (an adaptive coefficient).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": RENDER_MODES,
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -105,14 +107,16 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             from .stepwise import frozen_reference
 
             self.reference, self._ref_logits = frozen_reference(reference, task)
-        self._blank = np.full(self.observation_space.shape, task.vocab_size, dtype=np.int64)  # (L,)
-        self._prompt_rng: np.random.Generator | None = None
-        self._masked = type(task).allowed_tokens is not Task.allowed_tokens
+        width = task.max_prompt_tokens + task.max_new_tokens
+        self._blank: NDArray[np.int64] = np.full(width, task.vocab_size, dtype=np.int64)  # (L,)
+        self._stream: RowStream | None = None
+        self._masked = task.masked
         self._row: Row = {}
         self._tokens = self._blank
         self._prompt_length = self._length = 0
         self._ended: bool | None = None  # None: never reset
         self._rewards: list[float] = []
+        self._kls: list[float] = []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -126,21 +130,23 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         Returns:
             observation (L,) int64 and info (`action_mask` where the task advises tokens).
         """
-        super().reset(seed=seed)
         if seed is not None:
-            self._prompt_rng, _ = seeded_generators(seed)
-        elif self._prompt_rng is None:
-            self._prompt_rng, _ = seeded_generators(int(self.np_random.integers(2**63)))
+            super().reset(seed=seed)
+            self._stream = RowStream(self.task, seed)
+        elif self._stream is None:
+            self._stream = RowStream(self.task, int(self.np_random.integers(2**63)))
         row = chosen_row(options)
         if row is None:
-            row = self.task.sample(self._prompt_rng)
+            row = next(self._stream)
         ids = self.task.encode(row)
         self._row = row
         self._tokens = self._blank.copy()
         self._tokens[: len(ids)] = ids
         self._prompt_length = self._length = len(ids)
         self._ended = False
-        self._rewards = []
+        self._rewards, self._kls = [], []
+        if self.render_mode == "human":
+            show([self.picture()])
         return self._tokens.copy(), self._mask_info() if self._masked else {}
 
     def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, Info]:
@@ -169,16 +175,20 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             reward += self._penalty(token, info)
         self._tokens[self._length] = token
         self._length += 1
-        generated = self._length - self._prompt_length
-        terminated = token == task.eos_token_id or generated == task.max_new_tokens
+        terminated = token == task.eos_token_id or self._length - self._prompt_length == task.max_new_tokens
         if terminated:
-            reward += self._finish(info)
             self._ended = True
-        elif task.token_scores is not False:
-            reward += self._token_score()
-        if self._masked and not terminated:
-            info.update(self._mask_info())
+            scores, columns = task.finish([self._row], [self._response()])
+            info.update((key, values[0]) for key, values in columns.items())
+            reward += float(scores.last[0])
+        else:
+            if task.token_scores is not False:
+                reward += self._token_score()
+            if self._masked:
+                info.update(self._mask_info())
         self._rewards.append(reward)
+        if self.render_mode == "human":
+            show([self.picture()])
         return self._tokens.copy(), reward, terminated, False, info
 
     def _penalty(self, token: int, info: Info) -> float:
@@ -190,6 +200,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         if self.policy is None:
             return self.kl_coef * float(ref_logprob)
         info["kl"] = chosen_logprobs(self.policy(observation), [token], self.temperature)[0] - ref_logprob
+        self._kls.append(float(info["kl"]))
         return -self.kl_coef * float(info["kl"])
 
     def _response(self) -> list[int]:
@@ -200,25 +211,13 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         scores = self.task.evaluate([self._row], [self._response()])
         return float(scores.tokens[0][-1]) if scores.tokens is not None else 0.0
 
-    def _finish(self, info: Info) -> float:
-        response = self._response()
-        text = self.task.decode([response])
-        scores = self.task.evaluate([self._row], [response], text)
-        prompt: str = self._row["prompt"]
-        info["prompt"] = prompt
-        info["completion"] = text[0]
-        info["text"] = prompt + text[0]
-        info["score"] = scores.totals[0]
-        info["finish_reason"] = "stop" if response[-1] == self.task.eos_token_id else "length"
-        return float(scores.totals[0] if scores.tokens is None else scores.tokens[0][-1])
-
     def action_masks(self) -> NDArray[np.bool_]:
         """(V,) bool: the tokens that the task advises now (all, for a task without masks)."""
+        if not self._masked or self._ended is not False:
+            return np.ones(self.task.vocab_size, dtype=np.bool_)
         responses = self._blank[None, : self.task.max_new_tokens].copy()  # (1, T)
-        if self._ended is not None:
-            responses[0, : self._length - self._prompt_length] = self._response()
-        mask = self.task.allowed_tokens([self._row], responses) if self._masked and self._ended is False else None
-        return np.ones(self.task.vocab_size, dtype=np.bool_) if mask is None else mask[0]
+        responses[0, : self._length - self._prompt_length] = self._tokens[self._prompt_length : self._length]
+        return self.task.masks([self._row], responses)[0]  # type: ignore[no-any-return]
 
     def _mask_info(self) -> Info:
         return {"action_mask": self.action_masks().astype(np.int8)}
@@ -232,7 +231,13 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         if self._ended is None:
             raise gym.error.ResetNeeded("snapshot was called before the first reset: call reset() first")
         return Snapshot(
-            dict(self._row), self._tokens.copy(), self._prompt_length, self._length, self._ended, tuple(self._rewards)
+            row=dict(self._row),
+            tokens=self._tokens.copy(),
+            prompt_length=self._prompt_length,
+            length=self._length,
+            ended=self._ended,
+            rewards=tuple(self._rewards),
+            kls=tuple(self._kls),
         )
 
     def restore(self, snapshot: Snapshot) -> NDArray[np.int64]:
@@ -243,14 +248,22 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             )
         self._row, self._tokens = dict(snapshot.row), snapshot.tokens.copy()
         self._prompt_length, self._length = snapshot.prompt_length, snapshot.length
-        self._ended, self._rewards = snapshot.ended, list(snapshot.rewards)
+        self._ended, self._rewards, self._kls = snapshot.ended, list(snapshot.rewards), list(snapshot.kls)
         return self._tokens.copy()
 
-    def render(self) -> str | None:  # type: ignore[override]
-        """The prompt and the response so far, told apart by a bar, as text."""
-        if self.render_mode is None or self._ended is None:
-            return None if self.render_mode is None else ""
-        return f"{self._row['prompt']} | {self.task.decode([self._response()])[0]}"
+    def picture(self) -> Picture:
+        """The episode as it stands, for the renderers: each token with its KL where known, else its reward."""
+        prompt = self._row.get("prompt", "")
+        if self._kls:
+            return Picture.of(self.task, prompt, self._response(), self._kls, "kl", sum(self._rewards))
+        return Picture.of(self.task, prompt, self._response(), self._rewards, "reward", sum(self._rewards))
+
+    def render(self) -> Any:
+        """The prompt and the response so far: a string ("ansi") or an image (H, W, 3) uint8 ("rgb_array").
+
+        "human" shows each step in the terminal by itself; None then, and without a render mode.
+        """
+        return draw(self.picture(), self.render_mode)
 
 
 def chosen_row(options: dict[str, Any] | None) -> Row | None:
@@ -268,23 +281,17 @@ def check_action(action: Any, vocab_size: int) -> int:
     Raises:
         ValueError: for a float, a shape other than (), or an id outside the vocabulary.
     """
-    if type(action) is not int:
-        if isinstance(action, np.ndarray) and action.shape not in ((), (1,)):
-            raise ValueError(f"action must be one token id, an integer; got an array of shape {action.shape}")
-        kind = getattr(action, "dtype", None)
-        if isinstance(action, (bool, float)) or (kind is not None and not np.issubdtype(kind, np.integer)):
-            raise ValueError(f"action must be an integer token id; got {action!r}")
-        try:
-            action = int(action)
-        except (TypeError, ValueError):
-            raise ValueError(f"action must be an integer token id; got {action!r}") from None
-    if not 0 <= action < vocab_size:
-        raise ValueError(f"action must be a token id from 0 to {vocab_size - 1}; got {action}")
-    return action  # type: ignore[no-any-return]
+    try:
+        token = operator.index(action)
+        if 0 <= token < vocab_size and not isinstance(action, (bool, list)):
+            return token
+    except TypeError:
+        pass
+    raise ValueError(f"action must be one integer token id from 0 to {vocab_size - 1}; got {shorten(action)}")
 
 
 def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:
-    """log softmax(logits / temperature) at the chosen tokens, in float32: (B, V), (B,) -> (B,)."""
+    """The log-softmax of logits / temperature at the chosen tokens, in float32: (B, V), (B,) -> (B,)."""
     import torch
 
     scaled = torch.as_tensor(logits).detach().float() / temperature  # (B, V)

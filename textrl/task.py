@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .scores import Scores, check_scores
+from .scores import call_score as call_score
+from .scores import shorten as shorten
+from .symbols import symbol_tokenizer as symbol_tokenizer
+from .symbols import symbols_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,53 +24,29 @@ DEFAULT_MAX_PROMPT_TOKENS = 64
 _CACHED_PROMPTS = 100_000
 
 
-def symbol_tokenizer(symbols: str | Sequence[str]) -> PreTrainedTokenizerFast:
-    """A fast tokenizer for a toy vocabulary: the end token is id 0, then each symbol has one id, in order.
+class RowStream:
+    """The endless stream of rows that an environment plays, drawn from one generator.
 
-    The end token is also the begin token and the padding, as in GPT-2. Symbols may be longer than a character
-    ("left", "right"); a text is read greedily, the longest symbol first, and decoded without spaces.
+    A task that draws evenly from `prompts()` is asked for numbers in blocks, which is much quicker than one by one.
 
     Args:
-        symbols: the symbols, each a non-empty string; no two alike.
-
-    Raises:
-        ValueError: for an empty list, an empty symbol, or a symbol given twice.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = list(symbols)
-    if not names or not all(names) or len(set(names)) != len(names):
-        raise ValueError(f"symbols must be different, non-empty strings, at least one; got {names!r}")
-    end = "<end>"
-    if end in names:
-        raise ValueError(f"symbols must not contain {end!r}, the name of the end token; got {names!r}")
-    import re
-
-    longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    backend = Tokenizer(models.WordLevel(vocab={end: 0, **{name: i + 1 for i, name in enumerate(names)}}))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=end,
-        bos_token=end,
-        pad_token=end,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a task's score said of a batch of responses.
-
-    Attributes:
-        totals: (B,) float64, the score of each response.
-        tokens: one float64 array per response when the score was given token by token, else None.
+        task: whose rows.
+        seed: fixes the stream; kept apart from the one that `action_space.seed(seed)` gives.
     """
 
-    totals: NDArray[np.float64]
-    tokens: list[NDArray[np.float64]] | None = None
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0x7E87,))))
+        self._rows = task.rows if type(task).sample is Task.sample else None
+        self._block: list[int] = []
+
+    def __next__(self) -> Row:
+        """The next row."""
+        if self._rows is None:
+            return self._task.sample(self._rng)
+        if not self._block:
+            self._block = self._rng.integers(len(self._rows), size=64).tolist()
+        return self._rows[self._block.pop()]
 
 
 class Task:
@@ -86,6 +65,9 @@ class Task:
     Raises:
         ValueError: for a horizon below 1 or a tokenizer without an end token.
     """
+
+    best_score: ClassVar[float | None] = None
+    """The best expected score with the default arguments, where it is known."""
 
     def __init__(
         self,
@@ -107,6 +89,7 @@ class Task:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.token_scores: bool | None = None
         """Whether `score` gives a list per text; None until a score has been seen."""
+        self._symbols = symbols_of(tokenizer)
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._encoded: dict[str, NDArray[np.int64]] = {}
         self._rows: list[Row] | None = None
@@ -140,6 +123,13 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__} must define score(prompts, completions, **columns)")
 
+    def describe(self, prompts: list[str], completions: list[str], **columns: Any) -> Mapping[str, Sequence[Any]]:
+        """Extra columns for the `info` at the end of an episode; none by default.
+
+        Called as `score` is, with finished responses only. Each column has B numbers (float64 in `info`) or B texts.
+        """
+        return {}
+
     def allowed_tokens(self, rows: Sequence[Row], responses: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """The action masks, or None (the default) for a task that advises no tokens.
 
@@ -156,6 +146,28 @@ class Task:
         return None
 
     # ---- what the rest of the core asks ----------------------------------------------------------------------
+
+    @property
+    def masked(self) -> bool:
+        """Whether the task may advise tokens: whether `allowed_tokens` was written."""
+        return type(self).allowed_tokens is not Task.allowed_tokens
+
+    def masks(self, rows: Sequence[Row], responses: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """What `allowed_tokens` says, checked; all tokens where it says nothing. (B, T) -> (B, V).
+
+        Raises:
+            ValueError: for a mask of another shape or dtype, or a row of it without one allowed token.
+        """
+        shape = (len(rows), self.vocab_size)
+        mask = self.allowed_tokens(rows, responses)
+        if mask is None:
+            return np.ones(shape, dtype=np.bool_)
+        if mask.shape != shape or mask.dtype != np.bool_:
+            raise ValueError(f"allowed_tokens must give a bool array of shape {shape}; got {mask.dtype}, {mask.shape}")
+        if not mask.any(1).all():
+            row = shorten(rows[int(np.flatnonzero(~mask.any(1))[0])])
+            raise ValueError(f"allowed_tokens must allow at least one token; none is allowed for the row {row}")
+        return mask
 
     @property
     def rows(self) -> list[Row] | None:
@@ -177,7 +189,7 @@ class Task:
             if rows is None:
                 self._max_prompt_tokens = DEFAULT_MAX_PROMPT_TOKENS
             else:
-                self._max_prompt_tokens = max(len(self._encode(row["prompt"])) for row in rows)
+                self._max_prompt_tokens = max(len(self._encode(prompt)) for prompt in {row["prompt"] for row in rows})
         return self._max_prompt_tokens
 
     def encode(self, row: Row) -> NDArray[np.int64]:
@@ -188,7 +200,10 @@ class Task:
         Raises:
             ValueError: for a prompt that is too long, has no tokens, or has text the tokenizer does not know.
         """
-        ids = self._encode(check_row(row)["prompt"])
+        try:
+            ids = self._encoded[row["prompt"]]
+        except (KeyError, TypeError, IndexError):
+            ids = self._encode(check_row(row)["prompt"])
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt is {len(ids)} tokens long, longer than max_prompt_tokens={self.max_prompt_tokens}:"
@@ -197,9 +212,6 @@ class Task:
         return ids
 
     def _encode(self, prompt: str) -> NDArray[np.int64]:
-        cached = self._encoded.get(prompt)
-        if cached is not None:
-            return cached
         try:
             tokens = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         except Exception as error:
@@ -214,8 +226,12 @@ class Task:
 
     def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each response, without special tokens."""
+        responses = completion_ids.tolist() if isinstance(completion_ids, np.ndarray) else completion_ids
+        if self._symbols is not None:
+            symbol = self._symbols.__getitem__
+            return ["".join(map(symbol, response)) for response in responses]
         backend = self.tokenizer.backend_tokenizer
-        return list(backend.decode_batch([list(ids) for ids in completion_ids], skip_special_tokens=True))
+        return list(backend.decode_batch([list(response) for response in responses], skip_special_tokens=True))
 
     def evaluate(
         self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]], completions: list[str] | None = None
@@ -232,13 +248,52 @@ class Task:
         """
         if completions is None:
             completions = self.decode(completion_ids)
-        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"} if rows else {}
+        given = self._columns(rows, completion_ids)
         prompts = [row["prompt"] for row in rows]
-        ids = [list(map(int, response)) for response in completion_ids]
-        given = self.score(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-        scores = check_scores(given, prompts, completions, [len(response) for response in ids])
+        lengths = [len(response) for response in given["completion_ids"]]
+        scores = check_scores(
+            self.score(prompts=prompts, completions=completions, **given), prompts, completions, lengths
+        )
         self.token_scores = scores.tokens is not None
         return scores
+
+    def finish(self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> tuple[Scores, dict[str, Any]]:
+        """What the end of B episodes brings: their scores, and the columns of `info`, each of length B.
+
+        Columns of numbers are float64 arrays, all others lists.
+        """
+        completions = self.decode(completion_ids)
+        scores = self.evaluate(rows, completion_ids, completions)
+        prompts = [row["prompt"] for row in rows]
+        end = self.eos_token_id
+        columns: dict[str, Any] = {
+            "prompt": prompts,
+            "completion": completions,
+            "text": [prompt + text for prompt, text in zip(prompts, completions, strict=True)],
+            "score": scores.totals,
+            "finish_reason": ["stop" if response[-1] == end else "length" for response in completion_ids],
+        }
+        if type(self).describe is not Task.describe:
+            given = self._columns(rows, completion_ids)
+            for key, values in self.describe(prompts=prompts, completions=completions, **given).items():
+                if key in columns or len(values) != len(rows):
+                    raise ValueError(
+                        f"describe must give columns of {len(rows)} with names of its own, not {list(columns)};"
+                        f" got {key!r} with {len(values)}"
+                    )
+                texts = isinstance(values[0], str)
+                columns[key] = list(values) if texts else np.array(values, dtype=np.float64)
+        return scores, columns
+
+    @staticmethod
+    def _columns(rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The keyword lists of a score beside prompts and completions."""
+        names = [key for key in rows[0] if key != "prompt"] if rows else []
+        columns: dict[str, Any] = {key: [row.get(key) for row in rows] for key in names}
+        columns["completion_ids"] = [
+            response if type(response) is list else list(map(int, response)) for response in completion_ids
+        ]
+        return columns
 
 
 def check_row(row: Any) -> Row:
@@ -250,75 +305,3 @@ def check_row(row: Any) -> Row:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return row
     raise ValueError(f'a row must be a dict with a string under "prompt"; got {shorten(row)}')
-
-
-def check_scores(given: Any, prompts: list[str], completions: list[str], lengths: list[int]) -> Scores:
-    """Turns what a score function gave into `Scores`.
-
-    Args:
-        given: a sequence of B numbers, or of B sequences of numbers, one for each token.
-        prompts: B prompts, for the message.
-        completions: B responses, for the message.
-        lengths: B numbers of tokens.
-
-    Raises:
-        ValueError: for a wrong length, a value that is not a number, NaN or infinity.
-    """
-    if hasattr(given, "tolist"):
-        given = given.tolist()
-    if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, Mapping)) or isinstance(given, Mapping):
-        raise ValueError(
-            f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}"
-        )
-    if len(given) != len(prompts):
-        raise ValueError(
-            f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}"
-        )
-    per_token = len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))
-    if not per_token:
-        try:  # the common case in one call
-            totals = np.array(given, dtype=np.float64)
-            if totals.shape == (len(prompts),) and not any(isinstance(x, (str, bool)) for x in given):
-                if np.isfinite(totals).all():
-                    return Scores(totals)
-        except (TypeError, ValueError):
-            pass
-        return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(given)]))
-    tokens = []
-    for i, values in enumerate(given):
-        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != lengths[i]:
-            raise ValueError(
-                f"score must give a number for each of the {lengths[i]} tokens of a completion; got {shorten(values)}"
-                f" for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
-            )
-        tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
-    return Scores(np.array([values.sum() for values in tokens]), tokens)
-
-
-def _number(value: Any, prompt: str, completion: str) -> float:
-    where = f"for prompt {shorten(prompt)}, completion {shorten(completion)}"
-    if hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"score must be a number; got {shorten(value)} {where}")
-    if not math.isfinite(value):
-        raise ValueError(f"score must be finite; got {value} {where}")
-    return float(value)
-
-
-def shorten(value: Any, limit: int = 80) -> str:
-    """The repr of a value, at most `limit` characters, on one line."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
-    """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs)."""
-    arguments = {"prompts": prompts, "completions": completions, **columns}
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return fn(**arguments)
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        arguments = {key: value for key, value in arguments.items() if key in parameters}
-    return fn(**arguments)

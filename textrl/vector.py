@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,8 +11,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import Info, Policy, check_penalty, chosen_logprobs, chosen_row, observation_space, seeded_generators
-from .task import Row, Task
+from .env import Info, Policy, check_penalty, chosen_logprobs, chosen_row, observation_space
+from .render import RENDER_MODES, Picture, draw, show
+from .task import Row, RowStream, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +34,11 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         autoreset_mode: what happens to a row whose episode has ended: NEXT_STEP (the next step resets it and ignores
             its action), SAME_STEP (reset at once; `final_obs` and `final_info` hold the end) or DISABLED (the caller
             resets with `reset(options={"reset_mask": mask})`).
-        render_mode: None or "ansi".
+        render_mode: None, "ansi", "human" or "rgb_array".
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": ["ansi"],
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": RENDER_MODES,
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
@@ -85,8 +86,9 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._ended: Bools = np.ones(n, dtype=np.bool_)
         self._started = False
         self._rows: list[Row] = [{} for _ in range(n)]
-        self._rngs: list[np.random.Generator] = []
-        self._masked = type(task).allowed_tokens is not Task.allowed_tokens
+        self._streams: list[RowStream] = []
+        self._masked = task.masked
+        self._rewards = None if render_mode is None else np.zeros((n, task.max_new_tokens))  # (N, T), for pictures
 
     # ---- reset ----------------------------------------------------------------------------------------------
 
@@ -103,32 +105,44 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             observations (N, L) int64 and infos.
         """
         n = self.num_envs
-        seeds = [seed + i for i in range(n)] if isinstance(seed, (int, np.integer)) else seed or [None] * n
+        first = None
+        seeds: list[int | None] = [None] * n
+        if isinstance(seed, (int, np.integer)):
+            first = int(seed)
+            seeds = [first + i for i in range(n)]
+        elif seed is not None:
+            seeds = list(seed)
         if len(seeds) != n:
             raise ValueError(f"seed must be None, an int or a list of num_envs={n}; got a list of {len(seeds)}")
         mask = reset_mask(options, n)
-        if not self._rngs:
-            super().reset(seed=seeds[0])
-            fresh = self.np_random.integers(2**63, size=n).tolist()
-            self._rngs = [seeded_generators(s if s is not None else f)[0] for s, f in zip(seeds, fresh, strict=True)]
-        for i in np.flatnonzero(mask):
+        if not self._started and not mask.all():
+            raise gym.error.ResetNeeded("the first reset must be of all rows: leave options['reset_mask'] away")
+        super().reset(seed=first)
+        if not self._streams:
+            self._streams = [RowStream(self.task, s) for s in self.np_random.integers(2**63, size=n).tolist()]
+        for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
-                self._rngs[i] = seeded_generators(int(row_seed))[0]
+                self._streams[i] = RowStream(self.task, int(row_seed))
         self._restart(np.flatnonzero(mask), chosen_row(options))
         self._started = True
+        self._show()
         return self._tokens.copy(), self._mask_info(mask)
 
     def _restart(self, indices: NDArray[np.intp], row: Row | None = None) -> None:
         """A new prompt in each of these rows."""
-        self._tokens[indices] = self.task.vocab_size
-        for i in indices:
-            self._rows[i] = chosen = self.task.sample(self._rngs[i]) if row is None else row
-            ids = self.task.encode(chosen)
-            self._tokens[i, : len(ids)] = ids
-            self._prompt_lengths[i] = len(ids)
-        self._lengths[indices] = self._prompt_lengths[indices]
-        self._ends[indices] = self._prompt_lengths[indices] + self.task.max_new_tokens
+        tokens, encode = self._tokens, self.task.encode
+        tokens[indices] = self.task.vocab_size
+        lengths = []
+        for i in indices.tolist():
+            self._rows[i] = chosen = next(self._streams[i]) if row is None else row
+            ids = encode(chosen)
+            tokens[i, : len(ids)] = ids
+            lengths.append(len(ids))
+        self._prompt_lengths[indices] = self._lengths[indices] = lengths
+        self._ends[indices] = self._lengths[indices] + self.task.max_new_tokens
         self._ended[indices] = False
+        if self._rewards is not None:
+            self._rewards[indices] = 0
 
     # ---- step -----------------------------------------------------------------------------------------------
 
@@ -141,8 +155,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             actions: (N,) integers from 0 to V - 1.
 
         Returns:
-            observations (N, L) int64, rewards (N,) float64, terminations (N,), truncations (N,, always False) and infos:
-            arrays of length N, each with its mask `_key`, as `gymnasium.vector` lays down.
+            observations (N, L) int64, rewards (N,) float64, terminations (N,), truncations (N,, always False) and
+            infos: arrays of length N, each with its mask `_key`, as `gymnasium.vector` lays down.
 
         Raises:
             ValueError: for actions that are not N tokens.
@@ -152,34 +166,38 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if not self._started:
             raise gym.error.ResetNeeded("step was called before the first reset: call reset() first")
         actions = check_actions(actions, self.num_envs, self.task.vocab_size)
-        resetting = self._ended.copy()
+        resetting = self._ended
+        again = np.flatnonzero(resetting)
         if self.autoreset_mode == AutoresetMode.DISABLED:
-            assert not resetting.any(), (
-                f"rows {np.flatnonzero(resetting).tolist()} have ended: reset them with options={{'reset_mask': ...}}"
+            assert len(again) == 0, (
+                f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}"
             )
         live = ~resetting
         rewards = np.zeros(self.num_envs)
         infos: Info = {}
         if self._ref_logits is not None:
             self._penalties(actions, live, rewards, infos)
-        rows = self._indices[live]
+        rows = np.flatnonzero(live) if len(again) else self._indices
         self._tokens[rows, self._lengths[rows]] = actions[rows]
         self._lengths[rows] += 1
-        ended = live & ((actions == self.task.eos_token_id) | (self._lengths == self._ends))
-        if resetting.any():
-            self._restart(np.flatnonzero(resetting))
-        final: Info = {}
-        if ended.any():
-            final = self._finish(np.flatnonzero(ended), rewards)
+        if len(again):
+            self._restart(again)
+        ended = ((actions == self.task.eos_token_id) | (self._lengths == self._ends)) & live
         self._ended = ended.copy()
+        over = np.flatnonzero(ended)
+        final = self._finish(over, ended, rewards) if len(over) else {}
         if self.task.token_scores is not False:
             self._token_scores(np.flatnonzero(live & ~ended), rewards)
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
+        if self._rewards is not None:
+            self._rewards[rows, self._lengths[rows] - self._prompt_lengths[rows] - 1] = rewards[rows]
+        if len(over) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._into_final(infos, final, ended)
-            self._restart(np.flatnonzero(ended))
+            self._restart(over)
         else:
             infos.update(final)
-        infos.update(self._mask_info(~self._ended))
+        if self._masked and not self._ended.all():
+            infos.update(self._mask_info(~self._ended))
+        self._show()
         return self._tokens.copy(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def _penalties(self, actions: NDArray[np.int64], live: Bools, rewards: NDArray[np.float64], infos: Info) -> None:
@@ -196,43 +214,29 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         rewards[live] += -self.kl_coef * kl[live].astype(np.float64)
 
     def _responses(self, indices: NDArray[np.intp]) -> list[list[int]]:
-        starts, ends = self._prompt_lengths.tolist(), self._lengths.tolist()
-        return [self._tokens[i, starts[i] : ends[i]].tolist() for i in indices.tolist()]
+        texts = self._tokens[indices].tolist()
+        starts, ends = self._prompt_lengths[indices].tolist(), self._lengths[indices].tolist()
+        return [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)]
 
     def _token_scores(self, indices: NDArray[np.intp], rewards: NDArray[np.float64]) -> None:
         """The reward of the token just written, where the score gives one for every token."""
         if len(indices) == 0:
             return
-        scores = self.task.evaluate([self._rows[i] for i in indices], self._responses(indices))
+        scores = self.task.evaluate([self._rows[i] for i in indices.tolist()], self._responses(indices))
         if scores.tokens is not None:
-            rewards[indices] += [values[-1] for values in scores.tokens]
+            rewards[indices] += scores.last
 
-    def _finish(self, indices: NDArray[np.intp], rewards: NDArray[np.float64]) -> Info:
+    def _finish(self, indices: NDArray[np.intp], ended: Bools, rewards: NDArray[np.float64]) -> Info:
         """Scores the episodes that ended and describes them: arrays of length N with their masks."""
         rows = [self._rows[i] for i in indices.tolist()]
-        responses = self._responses(indices)
-        texts = self.task.decode(responses)
-        scores = self.task.evaluate(rows, responses, texts)
-        last = scores.totals if scores.tokens is None else [values[-1] for values in scores.tokens]
-        rewards[indices] += last
-        stopped = self._tokens[indices, self._lengths[indices] - 1] == self.task.eos_token_id
-        mask = np.zeros(self.num_envs, dtype=np.bool_)
-        mask[indices] = True
-        prompts = [row["prompt"] for row in rows]
-        columns: dict[str, Any] = {
-            "prompt": prompts,
-            "completion": texts,
-            "text": [prompt + text for prompt, text in zip(prompts, texts, strict=True)],
-            "finish_reason": ["stop" if stop else "length" for stop in stopped],
-        }
+        scores, columns = self.task.finish(rows, self._responses(indices))
+        rewards[indices] += scores.last
         infos: Info = {}
         for key, values in columns.items():
-            infos[key] = np.full(self.num_envs, None, dtype=object)
+            numbers = isinstance(values, np.ndarray)
+            infos[key] = np.zeros(self.num_envs) if numbers else np.full(self.num_envs, None, dtype=object)
             infos[key][indices] = values
-            infos[f"_{key}"] = mask.copy()
-        infos["score"] = np.zeros(self.num_envs)
-        infos["score"][indices] = scores.totals
-        infos["_score"] = mask.copy()
+            infos[f"_{key}"] = ended.copy()
         return infos
 
     def _into_final(self, infos: Info, final: Info, ended: Bools) -> None:
@@ -255,29 +259,42 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def action_masks(self) -> Bools:
         """(N, V) bool: the tokens that the task advises now in each row (all, for a task without masks)."""
-        responses = np.full((self.num_envs, self.task.max_new_tokens), self.task.vocab_size, dtype=np.int64)
+        if not self._masked or not self._started or self._ended.all():
+            return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
+        responses = np.full((self.num_envs, self.task.max_new_tokens), self.task.vocab_size, dtype=np.int64)  # (N, T)
         columns = self._prompt_lengths[:, None] + np.arange(self.task.max_new_tokens)
         written = columns < self._lengths[:, None]
         responses[written] = self._tokens[np.nonzero(written)[0], columns[written]]
-        mask = self.task.allowed_tokens(self._rows, responses) if self._masked and self._started else None
-        if mask is None:
-            return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
-        mask[self._ended] = True
+        mask = np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
+        running = np.flatnonzero(~self._ended)
+        mask[running] = self.task.masks([self._rows[i] for i in running.tolist()], responses[running])
         return mask
 
     def _mask_info(self, rows: Bools) -> Info:
-        """`action_mask` (N, V) int8 for the rows of running episodes."""
-        rows = rows & ~self._ended
-        if not self._masked or not rows.any():
+        """`action_mask` (N, V) int8 for these rows, where the task advises tokens."""
+        if not self._masked:
             return {}
-        return {"action_mask": np.where(rows[:, None], self.action_masks(), 0).astype(np.int8), "_action_mask": rows}
+        mask = np.where(rows[:, None], self.action_masks(), False).astype(np.int8)
+        return {"action_mask": mask, "_action_mask": rows.copy()}
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
-        """One line a row: the prompt, a bar, the response so far."""
-        if self.render_mode is None or not self._started:
+    def pictures(self) -> list[Picture]:
+        """The episodes as they stand, for the renderers."""
+        responses = self._responses(self._indices)
+        paid = np.zeros((self.num_envs, self.task.max_new_tokens)) if self._rewards is None else self._rewards
+        return [
+            Picture.of(self.task, row.get("prompt", ""), response, rewards[: len(response)].tolist(), "reward", total)
+            for row, response, rewards, total in zip(self._rows, responses, paid, paid.sum(1).tolist(), strict=True)
+        ]
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            show(self.pictures())
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One picture a row, as `TextEnv.render` draws it; None for "human" and without a render mode."""
+        if self.render_mode in (None, "human"):
             return None
-        texts = self.task.decode(self._responses(self._indices))
-        return tuple(f"{row['prompt']} | {text}" for row, text in zip(self._rows, texts, strict=True))
+        return tuple(draw(picture, self.render_mode) for picture in self.pictures())
 
 
 def as_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
@@ -292,7 +309,7 @@ def reset_mask(options: dict[str, Any] | None, num_envs: int) -> Bools:
     """The rows to reset: `options["reset_mask"]`, or all.
 
     Raises:
-        TypeError, ValueError: as `gymnasium.vector.SyncVectorEnv` does, for anything but an (N,) bool array with a True.
+        TypeError, ValueError: as `SyncVectorEnv` does, for anything but an (N,) bool array with a True.
     """
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, dtype=np.bool_)
@@ -313,7 +330,8 @@ def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.in
     array = np.asarray(actions)
     if array.shape != (num_envs,) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"actions must be {num_envs} integer token ids; got shape {array.shape}, dtype {array.dtype}")
-    if array.min() < 0 or array.max() >= vocab_size:
-        bad = int(np.flatnonzero((array < 0) | (array >= vocab_size))[0])
+    outside = (array < 0) | (array >= vocab_size)
+    if outside.any():
+        bad = int(np.flatnonzero(outside)[0])
         raise ValueError(f"actions must be token ids from 0 to {vocab_size - 1}; got {array[bad]} in row {bad}")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)

@@ -1,0 +1,103 @@
+"""What a score said of a batch of responses, checked; and how a reward function is called."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUMBERS = {int, float, np.float64, np.float32}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a task's score said of a batch of responses.
+
+    Attributes:
+        totals: (B,) float64, the score of each response.
+        tokens: one float64 array per response when the score was given token by token, else None.
+    """
+
+    totals: NDArray[np.float64]
+    tokens: list[NDArray[np.float64]] | None = None
+
+    @property
+    def last(self) -> NDArray[np.float64]:
+        """(B,) what the last token of each response is paid."""
+        return self.totals if self.tokens is None else np.array([values[-1] for values in self.tokens])
+
+
+def check_scores(given: Any, prompts: list[str], completions: list[str], lengths: list[int]) -> Scores:
+    """Turns what a score function gave into `Scores`.
+
+    Args:
+        given: a sequence of B numbers, or of B sequences of numbers, one for each token.
+        prompts: B prompts, for the message.
+        completions: B responses, for the message.
+        lengths: B numbers of tokens.
+
+    Raises:
+        ValueError: for a wrong length, a value that is not a number, NaN or infinity.
+    """
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise ValueError(
+            f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}"
+        )
+    if len(given) != len(prompts):
+        raise ValueError(
+            f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}"
+        )
+    per_token = len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))
+    if not per_token:
+        try:  # the common case in one call
+            totals = np.array(given, dtype=np.float64)
+            if set(map(type, given)) <= NUMBERS and np.isfinite(totals).all():
+                return Scores(totals)
+        except (TypeError, ValueError):
+            pass
+        return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(given)]))
+    tokens = []
+    for i, values in enumerate(given):
+        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != lengths[i]:
+            raise ValueError(
+                f"score must give a number for each of the {lengths[i]} tokens of a completion; got {shorten(values)}"
+                f" for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
+            )
+        tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
+    return Scores(np.array([values.sum() for values in tokens]), tokens)
+
+
+def _number(value: Any, prompt: str, completion: str) -> float:
+    where = f"for prompt {shorten(prompt)}, completion {shorten(completion)}"
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"score must be a number; got {shorten(value)} {where}")
+    if not math.isfinite(value):
+        raise ValueError(f"score must be finite; got {value} {where}")
+    return float(value)
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """The repr of a value, at most `limit` characters, on one line."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
+    """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs)."""
+    arguments = {"prompts": prompts, "completions": completions, **columns}
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return fn(**arguments)
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        arguments = {key: value for key, value in arguments.items() if key in parameters}
+    return fn(**arguments)
