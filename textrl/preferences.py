@@ -149,7 +149,8 @@ def _row(
         if row[label] != _LABELLED[first, second, label]:
             first, second = second, first
     if isinstance(row[first], list):
-        return _chat(i, None if prompts is None else row[prompts], (first, row[first]), (second, row[second]), tokenizer)
+        prompt = None if prompts is None else row[prompts]
+        return _chat(i, prompt, (first, row[first]), (second, row[second]), tokenizer)
     chosen, rejected = (_text(i, name, row[name]) for name in (first, second))
     if prompts is None:
         return _split(chosen, rejected)
