@@ -5,7 +5,31 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
+
 from textrl.task import Row, Task, symbol_tokenizer
+
+MOST_PROMPTS = 10_000
+
+
+def strings(symbols: str, length: int) -> list[str]:
+    """Every string of `length` symbols; where there are more than 10,000, always the same 10,000 drawn at random.
+
+    Raises:
+        ValueError: for a length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1; got {length!r}")
+    if len(symbols) ** length <= MOST_PROMPTS:
+        return ["".join(each) for each in itertools.product(symbols, repeat=length)]
+    drawn = np.random.default_rng(0).integers(len(symbols), size=(MOST_PROMPTS, length))
+    return ["".join(symbols[i] for i in each) for each in drawn.tolist()]
+
+
+def share_right(target: str, text: str, stopped: bool) -> float:
+    """The share of the target's places, and one for the end right after it, that a text has right."""
+    right = sum(map(str.__eq__, target, text))
+    return (right + (stopped and len(text) == len(target))) / (len(target) + 1)
 
 
 class Copy(Task):
@@ -21,25 +45,21 @@ class Copy(Task):
 
     Args:
         symbols: the alphabet, one character a symbol.
-        length: symbols in a prompt; there are len(symbols) ** length prompts.
+        length: symbols in a prompt; there are len(symbols) ** length prompts, of which at most 10,000 are used.
     """
 
+    best_score = 1.0
+
     def __init__(self, symbols: str = "abc", length: int = 3) -> None:
-        if length < 1:
-            raise ValueError(f"length must be at least 1; got {length!r}")
+        self._prompts = strings(symbols, length)
         super().__init__(tokenizer=symbol_tokenizer(symbols), max_new_tokens=length + 1)
-        self.symbols, self.length = symbols, length
 
     def prompts(self) -> list[Row]:
-        """Every string of `length` symbols."""
-        return [{"prompt": "".join(p)} for p in itertools.product(self.symbols, repeat=self.length)]
+        """The strings."""
+        return [{"prompt": prompt} for prompt in self._prompts]
 
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """The share of places that are right; the end counts as a place."""
-        places = self.length + 1
-        scores = []
-        for prompt, text, ids in zip(prompts, completions, columns["completion_ids"], strict=True):
-            right = sum(a == b for a, b in zip(prompt, text, strict=False))
-            ended = len(ids) == places and ids[-1] == self.eos_token_id
-            scores.append((right + ended) / places)
-        return scores
+        end = self.eos_token_id
+        stopped = [ids[-1] == end for ids in columns["completion_ids"]]
+        return list(map(share_right, prompts, completions, stopped))
