@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.offline import Epochs, encode_response, given_rollout
 from textrl.returns import masked_mean
-from textrl.rollout import Rollout, pad_responses
+from textrl.rollout import Rollout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,33 +63,16 @@ class SFT(Agent):
         check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
         names = set(dataset[0])
         check("dataset", sorted(names), {"prompt", "completion"} <= names, 'rows with "prompt" and "completion"')
-        self._examples = [self._encode(row["prompt"], row["completion"]) for row in dataset]
-        self._order: list[int] = []
-
-    def _encode(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """Prompt and response as token ids, tokenised together so that the seam is as in running text."""
-        first = self.task.encode({"prompt": prompt}).tolist()
-        whole = self.tokenizer(prompt + completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        begin = len(first) - len(self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        whole = first[:begin] + whole
-        if whole[: len(first)] == first:
-            response = whole[len(first) :]
-        else:
-            response = self.tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if self.config.end_token:
-            response = [*response, self.task.eos_token_id]
-        return first, response[: self.task.max_new_tokens] or [self.task.eos_token_id]
+        self._examples = [
+            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token) for row in dataset
+        ]
+        self._epochs = Epochs(len(dataset), self.generator)
 
     def collect(self) -> Rollout:
         """The next `batch_size` examples, in an order shuffled anew each epoch."""
-        while len(self._order) < self.config.batch_size:
-            self._order += torch.randperm(len(self._examples), generator=self.generator).tolist()
-        chosen, self._order = self._order[: self.config.batch_size], self._order[self.config.batch_size :]
-        prompts, responses = zip(*(self._examples[i] for i in chosen), strict=True)
-        tokens, prompt_lengths, mask = pad_responses(prompts, responses, self.device)
-        zeros = torch.zeros(mask.shape, device=self.device)
-        last = torch.tensor([r[-1] == self.task.eos_token_id for r in responses], device=self.device)
-        return Rollout(tokens, prompt_lengths, mask, zeros, zeros, zeros[:, 0], last)
+        examples = [self._examples[i] for i in self._epochs.take(self.config.batch_size).tolist()]
+        prompts, responses = zip(*examples, strict=True)
+        return given_rollout(self.task, prompts, responses, self.device)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on the cross-entropy."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
-"""A batch -> the mean loss () and numbers to report, each () and a mean likewise."""
+"""A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
 Callback = Callable[["Agent", dict[str, float]], bool | None]
 
 
@@ -235,21 +235,26 @@ class Agent:
         hidden = self.policy.hidden(batch.tokens, rows, columns)
         return batch.spread(self.policy.logprobs(hidden, targets, allowed_at(batch))[0])
 
-    def minimise(self, loss: Loss, batch: Rollout) -> dict[str, float]:
+    def minimise(self, loss: Loss, batch: Rollout, mean_over: str = "tokens") -> dict[str, float]:
         """One optimiser step on the mean loss over a batch, in microbatches of bounded memory.
 
         Args:
             loss: a batch -> its mean loss over tokens, and numbers to report.
             batch: the episodes of this step.
+            mean_over: "tokens", or "groups" for a loss that is a mean over groups of `batch.group_size` episodes next
+                to each other (pairs): a group is never split, and weighs the same whatever its length.
 
         Returns:
-            the numbers, averaged over the batch's tokens, and `loss` and `grad_norm`.
+            the numbers, averaged likewise, and `loss` and `grad_norm`.
         """
-        total = max(1, batch.num_tokens)
+        check("mean_over", mean_over, mean_over in ("tokens", "groups"), '"tokens" or "groups"')
+        by_group = mean_over == "groups"
+        size = batch.group_size if by_group else 1
+        total = len(batch) if by_group else max(1, batch.num_tokens)
         out: dict[str, float] = {}
-        for part in microbatches(batch, self.config.max_tokens_per_microbatch):
-            piece = batch.select(part)
-            share = piece.num_tokens / total
+        for part in microbatches(batch, self.config.max_tokens_per_microbatch, size):
+            piece = batch.select(part, size)
+            share = (len(piece) if by_group else piece.num_tokens) / total
             value, numbers = loss(piece)
             (value * share).backward()
             for key, number in {"loss": value, **numbers}.items():

@@ -29,7 +29,8 @@ class Rollout:
         tokens: (B, S) int64, each row its prompt and then its response, from the left; 0 after the end.
         prompt_lengths: (B,) int64.
         action_mask: (B, T) bool, which tokens of the response region were the agent's.
-        logprobs: (B, T) float32, of the agent's tokens under the policy that drew them; 0 elsewhere, as below.
+        logprobs: (B, T) float32, of the agent's tokens under the policy that drew them; 0 elsewhere, as below. NaN,
+            here and in `rewards` and `scores`, where texts were given and it is not known.
         rewards: (B, T) float32, as the environment paid them: the score and the KL penalty.
         scores: (B,) float32, the task's score of each response.
         stopped: (B,) bool, whether the response ended by itself (with the end token).
@@ -92,11 +93,11 @@ class Rollout:
         out = flat.new_zeros(self.action_mask.shape)
         return out.masked_scatter(self.action_mask, flat)
 
-    def select(self, indices: Tensor) -> Rollout:
-        """The episodes with these indices, cut to the longest of them."""
+    def select(self, indices: Tensor, group_size: int = 1) -> Rollout:
+        """The episodes with these indices, cut to the longest of them; `group_size` says how they belong together."""
         lengths = (self.prompt_lengths + self.response_lengths)[indices]
         width, steps = int(lengths.max()), max(1, int(self.response_lengths[indices].max()))
-        changes: dict[str, Any] = {"group_size": 1}
+        changes: dict[str, Any] = {"group_size": group_size}
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
@@ -111,7 +112,7 @@ class Rollout:
         return replace(self, **changes)
 
     def metrics(self) -> dict[str, float]:
-        """What the batch says about the policy, before any update."""
+        """What the batch says about the policy, before any update; what is not known (NaN) is left out."""
         lengths = self.action_mask.sum(1).float()
         out = {
             "rollout/score": self.scores.mean(),
@@ -123,7 +124,7 @@ class Rollout:
         }
         if self.ref_logprobs is not None:
             out["rollout/kl_reference"] = (self.logprobs - self.ref_logprobs).sum(1).mean()
-        return {key: float(value) for key, value in out.items()}
+        return {key: float(value) for key, value in out.items() if not value.isnan()}
 
 
 def pad_responses(
@@ -152,14 +153,19 @@ def reference_logprobs(reference: CausalPolicy, rollout: Rollout, tokens_at_once
     return out
 
 
-def microbatches(rollout: Rollout, tokens_at_once: int) -> list[Tensor]:
-    """Indices of the episodes, alike in length together, at most `tokens_at_once` tokens (padding too) a part."""
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu()
-    order = lengths.argsort(descending=True, stable=True)
+def microbatches(rollout: Rollout, tokens_at_once: int, group_size: int = 1) -> list[Tensor]:
+    """Indices of the episodes, alike in length together, at most `tokens_at_once` tokens (padding too) a part.
+
+    Groups of `group_size` episodes next to each other stay whole; a part holds at least one.
+    """
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu().view(-1, group_size)  # (B/k, k)
+    longest = lengths.amax(1)
+    order = longest.argsort(descending=True, stable=True)
+    members = torch.arange(lengths.numel()).view_as(lengths)
     parts, start = [], 0
     while start < len(order):
-        count = max(1, tokens_at_once // int(lengths[order[start]]))
-        parts.append(order[start : start + count].to(rollout.tokens.device))
+        count = max(1, tokens_at_once // (group_size * int(longest[order[start]])))
+        parts.append(members[order[start : start + count]].flatten().to(rollout.tokens.device))
         start += count
     return parts
 

@@ -1,0 +1,92 @@
+"""What agents that learn from given responses share: texts to token ids, examples to a `Rollout`, epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rollout import Rollout, pad_responses
+from .task import Row, Task
+
+
+def encode_response(task: Task, prompt: str, completion: str, end_token: bool = True) -> tuple[list[int], list[int]]:
+    """A prompt and a response given as texts, as the token ids an episode would hold.
+
+    They are tokenised together where that leaves the prompt's tokens as they are, so that the seam is as in running
+    text. Special-token strings are text.
+
+    Args:
+        task: whose tokenizer and horizon hold.
+        prompt: text.
+        completion: text.
+        end_token: whether the end token follows, so that a model learns to stop. A response is cut at the horizon, and
+            the end token with it: an episode of `max_new_tokens` tokens ends without one.
+
+    Returns:
+        the prompt's ids and the response's, at least one each.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(task.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    first = task.encode({"prompt": prompt}).tolist()
+    whole = first[: len(first) - len(ids(prompt))] + ids(prompt + completion)  # the begin token, then both
+    response = whole[len(first) :] if whole[: len(first)] == first else ids(completion)
+    if end_token:
+        response = [*response, task.eos_token_id]
+    return first, response[: task.max_new_tokens] or [task.eos_token_id]
+
+
+def given_rollout(
+    task: Task,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    device: torch.device,
+    rows: list[Row] | None = None,
+    group_size: int = 1,
+) -> Rollout:
+    """Given responses as a batch of episodes; what is not known of them (log-probabilities, scores) is NaN.
+
+    Args:
+        task: whose end token says which of them stopped.
+        prompts: B lists of token ids.
+        responses: B lists of token ids, at least one long.
+        device: where the tensors go.
+        rows: B rows of the task, or anything else that should stay with the episodes.
+        group_size: episodes that belong together and stand next to each other: 2 for pairs.
+    """
+    tokens, prompt_lengths, mask = pad_responses(prompts, responses, device)
+    unknown = torch.where(mask, torch.nan, 0.0)
+    return Rollout(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        action_mask=mask,
+        logprobs=unknown,
+        rewards=unknown,
+        scores=unknown[:, 0],
+        stopped=torch.tensor([r[-1] == task.eos_token_id for r in responses], device=device),
+        rows=rows or [],
+        group_size=group_size,
+    )
+
+
+class Epochs:
+    """Indices of examples, in an order shuffled anew for each pass over all of them.
+
+    Args:
+        size: how many examples there are.
+        generator: of the orders.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self.size, self.generator = size, generator
+        self._order = torch.zeros(0, dtype=torch.int64)
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` indices: (count,) int64."""
+        while len(self._order) < count:
+            self._order = torch.cat([self._order, torch.randperm(self.size, generator=self.generator)])
+        taken, self._order = self._order[:count], self._order[count:]
+        return taken
