@@ -24,6 +24,7 @@ from textrl.policy import train_last_layers, value_model, values_at
 from textrl.returns import gae, masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout, microbatches
+from textrl.trunk import same_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,6 @@ class PPOConfig(AgentConfig):
     kl_target: float | None = None  # the KL coefficient follows this KL(policy || reference) per response, in nats
     kl_horizon: float = 10_000.0  # episodes over which it may change by about e^0.2
     critic: str = "separate"  # "separate": a trunk of its own; "shared": a head on the policy's trunk
-    critic_learning_rate: float | None = None  # of the critic; None: learning_rate
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -119,6 +119,8 @@ class PPO(Agent):
             start = self._critic_from or self.model
             self.critic = self.modules["critic"] = value_model(start).to(device=self.device, dtype=self.model.dtype)
             train_last_layers(self.critic, self.config.trainable_layers)
+            blocks = self.policy.frozen_blocks
+            self._critic_blocks = blocks if same_blocks(self.model, self.critic, blocks) else 0
         self.kl = None
         if self.config.kl_target is not None:
             check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
@@ -171,9 +173,9 @@ class PPO(Agent):
             batch = rollout.select(part)
             rows, columns, _ = batch.places()
             if self.critic is not None:
-                values = values_at(self.critic, batch.tokens, rows, columns)
+                values = values_at(self.critic, batch.tokens, rows, columns, batch.below, self._critic_blocks)
             else:
-                values = self._head_values(self.policy.hidden(batch.tokens, rows, columns))
+                values = self._head_values(self.policy.hidden(batch.tokens, rows, columns, batch.below))
             out[part, : batch.action_mask.shape[1]] = batch.spread(values)
         return out
 
@@ -185,11 +187,11 @@ class PPO(Agent):
         assert batch.advantages is not None and batch.returns is not None and batch.values is not None
         config, mask = self.config, batch.action_mask
         rows, columns, targets = batch.places()
-        hidden = self.policy.hidden(batch.tokens, rows, columns)  # (n, d): one forward serves a shared critic too
+        hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d), a shared critic's too
         flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
         assert entropy is not None
         if self.critic is not None:
-            values = batch.spread(values_at(self.critic, batch.tokens, rows, columns))
+            values = batch.spread(values_at(self.critic, batch.tokens, rows, columns, batch.below, self._critic_blocks))
         else:
             values = batch.spread(self._head_values(hidden))
         logprobs = batch.spread(flat)

@@ -35,6 +35,7 @@ from .policy import (
 from .rollout import Rollout, collect_sampled, collect_stepped, microbatches
 from .stepwise import StepwiseLM
 from .task import Task
+from .trunk import frozen_blocks
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class Agent:
         self.model = self._load(model)
         train_last_layers(self.model, self.config.trainable_layers)
         self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
+        self.policy.frozen_blocks = frozen_blocks(self.model)
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
@@ -232,7 +234,7 @@ class Agent:
     def logprobs(self, batch: Rollout) -> Tensor:
         """Log-probabilities of the agent's tokens under the policy as it is now: (B, T) float32, differentiable."""
         rows, columns, targets = batch.places()
-        hidden = self.policy.hidden(batch.tokens, rows, columns)
+        hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)
         return batch.spread(self.policy.logprobs(hidden, targets, allowed_at(batch))[0])
 
     def minimise(self, loss: Loss, batch: Rollout, mean_over: str = "tokens") -> dict[str, float]:

@@ -80,7 +80,7 @@ def list_envs(options: argparse.Namespace) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("id", "vocabulary", "horizon", "responses", "best score", "teaches"):
-        table.add_column(name, justify="right" if name in ("vocabulary", "horizon", "responses", "best score") else "left")
+        table.add_column(name, justify="left" if name in ("id", "teaches") else "right")
     for id, where in registered().items():
         cls = task_class(where)
         page = " ".join(inspect.getdoc(cls).split()) if cls.__doc__ else ""
@@ -141,7 +141,7 @@ def agent_class(name: str) -> type[Agent]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """ "did you mean ...?" with the nearest names, or all there are."""
+    """A question with the nearest names, or all there are."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
 
@@ -288,9 +288,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     cls = agent_class(run["agent"])
     agent = load_for_evaluation(cls, folder / "final", env, options.seed)
     with few_threads(agent.model):
-        rollout = collect_sampled(
-            agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator
-        )
+        rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
     out["score_standard_error"] = out["score_std"] / options.episodes**0.5
     out["episodes"] = options.episodes

@@ -21,6 +21,8 @@ from transformers import (
 
 from .tabular import register_tabular
 
+from .trunk import states_above
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -200,17 +202,24 @@ class CausalPolicy:
         self.model = model
         self.vocab_size = vocab_size
         self.temperature = temperature
+        self.frozen_blocks = 0
+        """Lower blocks whose states `hidden` may be given as `below`."""
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
 
-    def hidden(self, tokens: Tensor, rows: Tensor, columns: Tensor, **forward: Any) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, **forward: Any
+    ) -> Tensor:
         """What the head reads at the places (rows, columns): (B, S) -> (n, d).
 
-        For a model whose head is not a plain matrix this is already the logits, (n, V).
+        For a model whose head is not a plain matrix this is already the logits, (n, V). `below`, (B, S, d), is what
+        the `frozen_blocks` made of the tokens, where that is known.
         """
+        if below is not None and self.frozen_blocks:
+            return states_above(self.model, below, self.frozen_blocks)[rows, columns]
         if head_of(self.model) is None:
             return self.model(input_ids=tokens, **forward).logits[rows, columns]  # type: ignore[no-any-return]
         states = self.model.base_model(input_ids=tokens, **forward).last_hidden_state  # (B, S, d)
@@ -296,9 +305,17 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     return scalar  # type: ignore[no-any-return]
 
 
-def values_at(model: PreTrainedModel, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The scalar head at the places (rows, columns): (B, S) -> (n,) float32."""
-    states = model.base_model(input_ids=tokens).last_hidden_state  # (B, S, d)
+def values_at(
+    model: PreTrainedModel, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, blocks: int = 0
+) -> Tensor:
+    """The scalar head at the places (rows, columns): (B, S) -> (n,) float32.
+
+    `below`, (B, S, d), is what the first `blocks` blocks made of the tokens, where that is known.
+    """
+    if below is not None and blocks:
+        states = states_above(model, below, blocks)
+    else:
+        states = model.base_model(input_ids=tokens).last_hidden_state  # (B, S, d)
     return model.score(states[rows, columns])[..., 0].float()  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+Curve = tuple[str, list[float], list[float]]
+"""Title, x, y."""
+
 
 @dataclass
 class Section:
@@ -26,7 +29,7 @@ class Section:
     text: str = ""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    curves: Sequence[tuple[str, list[float], list[float]]] = field(default_factory=list)
+    curves: Sequence[Curve] = field(default_factory=list)
 
 
 def write_report(file: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
@@ -61,12 +64,14 @@ class Drawing:
         self.low, self.high = f"{low:.3g}", f"{high:.3g}"
         self.first, self.end = f"{x[0]:.0f}", f"{x[-1]:.0f}"
         self.last = f"{y[-1]:.3g}"
-        places = [(44 + 264 * (a - x[0]) / across, 148 - 118 * (b - low) / (high - low)) for a, b in zip(x, y, strict=True)]
+        right = [44 + 264 * (a - x[0]) / across for a in x]
+        down = [148 - 118 * (b - low) / (high - low) for b in y]
+        places = list(zip(right, down, strict=True))
         self.points = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         self.dot = places[-1]
 
 
-def curves(progress: Path, names: Mapping[str, str], x: str = "time/timesteps") -> list[tuple[str, list[float], list[float]]]:
+def curves(progress: Path, names: Mapping[str, str], x: str = "time/timesteps") -> list[Curve]:
     """The named columns of a run's `progress.csv` that are there, each as (title, x, y).
 
     Args:

