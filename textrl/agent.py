@@ -32,7 +32,7 @@ from .policy import (
     train_last_layers,
     trainable,
 )
-from .rollout import Rollout, collect_sampled, collect_stepped, microbatches
+from .rollout import Rollout, both_masks, collect_sampled, collect_stepped, microbatches
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
@@ -52,6 +52,7 @@ class AgentConfig:
     """What every agent takes."""
 
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
+    learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
     batch_size: int = 64  # episodes an update
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
@@ -67,6 +68,9 @@ class AgentConfig:
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
+        schedules = ("linear", "constant")
+        check("learning_rate_schedule", self.learning_rate_schedule, self.learning_rate_schedule in schedules,
+              f"one of {list(schedules)}")
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
 
 
@@ -134,6 +138,7 @@ class Agent:
         config: the settings in force.
         num_timesteps: tokens learned from so far.
         num_updates: calls of `update` so far.
+        schedule: the share of the learning rate in force, from 1 to 0 in the course of `learn`.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
@@ -167,6 +172,7 @@ class Agent:
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
+        self.schedule = 1.0
         if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
             self.base.reference.to(self.device)
         self.build()
@@ -214,6 +220,7 @@ class Agent:
                 generator=self.generator,
                 group_size=self.group_size,
                 tokens_at_once=self.config.max_tokens_per_microbatch,
+                narrow=self.narrow if self.narrows else None,
             )
         if self.group_size > 1:
             raise ValueError(
@@ -228,6 +235,15 @@ class Agent:
         return collect_stepped(
             self.env, self.task, self._act, size, device=self.device, seed=seed, missing_penalty=missing
         )
+
+    def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The tokens that an agent with masks of its own draws from, within the task's: (N, L) -> (N, V) bool."""
+        return np.ones((len(observations), self.task.vocab_size), dtype=np.bool_)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether this agent has a mask of its own."""
+        return type(self).narrow is not Agent.narrow
 
     # ---- what an update is made of ---------------------------------------------------------------------------
 
@@ -294,6 +310,8 @@ class Agent:
         start, goal = self.num_timesteps, self.num_timesteps + total_timesteps
         with few_threads(self.model), RunLog(log_dir, progress_bar, total_timesteps, type(self).__name__) as log:
             while self.num_timesteps < goal:
+                if self.config.learning_rate_schedule == "linear":
+                    self._anneal((goal - self.num_timesteps) / total_timesteps)
                 began = time.perf_counter()
                 rollout = self.collect()
                 collected = time.perf_counter()
@@ -307,7 +325,12 @@ class Agent:
                 log.write(metrics, self.num_timesteps, self.num_updates, self.num_timesteps - start)
                 if callback is not None and callback(self, metrics) is False:
                     break
+        self._anneal(1.0)
         return self
+
+    def _anneal(self, schedule: float) -> None:
+        self.schedule = schedule
+        self.optimizer.learning_rate = self.learning_rate * schedule
 
     # ---- acting ----------------------------------------------------------------------------------------------
 
@@ -323,6 +346,8 @@ class Agent:
         if type(self.task).allowed_tokens is not Task.allowed_tokens:
             masks = np.atleast_2d(self.env.get_wrapper_attr("action_masks")() if isinstance(self.env, gym.Env)
                                   else self.base.action_masks())
+        if self.narrows:
+            masks = both_masks(masks, self.narrow(observations))
         uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)
         forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
         tokens, logprobs = draw(logits, uniforms, Sampling(self.base.temperature, greedy=greedy), forbidden)

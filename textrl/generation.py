@@ -64,6 +64,14 @@ class Generation:
     logprobs: Tensor
 
 
+def within_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The fewest most probable tokens whose probabilities reach `top_p` together: (..., V) -> (..., V) bool."""
+    ordered, order = logits.sort(-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    within = probabilities.cumsum(-1) - probabilities < top_p
+    return torch.zeros_like(within).scatter(-1, order, within)
+
+
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -85,10 +93,7 @@ def draw(
         least = scaled.topk(sampling.top_k, -1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = scaled.sort(-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        scaled = scaled.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+        scaled = scaled.masked_fill(~within_top_p(scaled, sampling.top_p), -torch.inf)
     logprobs = scaled.log_softmax(-1)
     if sampling.greedy:
         tokens = scaled.argmax(-1)

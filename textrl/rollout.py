@@ -195,6 +195,45 @@ def microbatches(rollout: Rollout, tokens_at_once: int, group_size: int = 1) -> 
     return parts
 
 
+Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+"""observations (N, L) -> an agent's own action masks (N, V)."""
+
+
+def both_masks(advised: NDArray[np.bool_] | None, own: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The tokens in the task's mask and in the agent's own, (N, V); the task's where they have none in common."""
+    if advised is None:
+        return own
+    both = advised.astype(np.bool_) & own
+    return np.where(both.any(1, keepdims=True), both, advised.astype(np.bool_))
+
+
+def _masks(
+    task: Task,
+    rows: Sequence[Row],
+    prompts: Sequence[NDArray[np.int64]],
+    narrow: Narrow | None,
+    seen: list[NDArray[np.bool_]],
+) -> Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None:
+    """A function from responses (B, T) to the masks that hold next, kept in `seen`; None where there are none."""
+    if narrow is None and type(task).allowed_tokens is Task.allowed_tokens:
+        return None
+    observations = np.full((len(rows), task.max_prompt_tokens + task.max_new_tokens), task.vocab_size)
+    for observation, prompt in zip(observations, prompts, strict=True):
+        observation[: len(prompt)] = prompt
+    columns = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(task.max_new_tokens)
+
+    def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        mask = task.allowed_tokens(rows, responses)
+        if narrow is not None:
+            np.put_along_axis(observations, columns, responses, 1)
+            mask = both_masks(mask, narrow(observations))
+        if mask is not None:
+            seen.append(mask)
+        return mask
+
+    return allowed
+
+
 def collect_sampled(
     env: TextEnv | TextVectorEnv,
     policy: CausalPolicy,
@@ -204,6 +243,7 @@ def collect_sampled(
     generator: torch.Generator,
     group_size: int = 1,
     tokens_at_once: int = 16384,
+    narrow: Narrow | None = None,
 ) -> Rollout:
     """Samples whole responses to prompts of the task.
 
@@ -215,9 +255,10 @@ def collect_sampled(
         generator: draws the tokens.
         group_size: samples of each prompt.
         tokens_at_once: bound on the tokens of one forward of the reference.
+        narrow: the agent's own masks, if it has any.
     """
     rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
-    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once)
+    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once, narrow=narrow)
     rollout.group_size = group_size
     return rollout
 
@@ -229,6 +270,7 @@ def sample_episodes(
     *,
     generator: torch.Generator,
     tokens_at_once: int = 16384,
+    narrow: Narrow | None = None,
 ) -> Rollout:
     """Samples one whole response to each row; the reference and the score are asked once for the batch.
 
@@ -240,19 +282,11 @@ def sample_episodes(
         rows: B rows of the task.
         generator: draws the tokens.
         tokens_at_once: bound on the tokens of one forward of the reference.
+        narrow: the agent's own masks, if it has any.
     """
     task = env.task
     prompts = [task.encode(row) for row in rows]
     seen: list[NDArray[np.bool_]] = []
-    allowed = None
-    if type(task).allowed_tokens is not Task.allowed_tokens:
-
-        def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-            mask = task.allowed_tokens(rows, responses)
-            if mask is not None:
-                seen.append(mask)
-            return mask
-
     sampled = generate(
         policy,
         prompts,
@@ -260,7 +294,7 @@ def sample_episodes(
         [task.eos_token_id],
         sampling=Sampling(temperature=policy.temperature),
         generator=generator,
-        allowed=allowed,
+        allowed=_masks(task, rows, prompts, narrow, seen),
     )
     steps = int(sampled.lengths.max())
     mask = torch.arange(steps, device=policy.device) < sampled.lengths[:, None]
