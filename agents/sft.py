@@ -43,7 +43,8 @@ class SFT(Agent):
         env: whose tokenizer, prompts and horizon hold.
         model: as for every agent.
         config: as for every agent.
-        dataset: rows with "prompt" and "completion", texts. Longer responses are cut at the horizon.
+        dataset: rows with "prompt" and "completion", texts. Longer responses are cut at the horizon. May be
+            left out for an agent that is loaded only to be used.
         settings: as for every agent.
     """
 
@@ -56,20 +57,23 @@ class SFT(Agent):
         model: PreTrainedModel | str | Path | None = None,
         config: AgentConfig | None = None,
         *,
-        dataset: Dataset | Sequence[dict[str, Any]],
+        dataset: Dataset | Sequence[dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
-        check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
-        names = set(dataset[0])
-        check("dataset", sorted(names), {"prompt", "completion"} <= names, 'rows with "prompt" and "completion"')
+        if dataset is not None:
+            check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
+            names = set(dataset[0])
+            check("dataset", sorted(names), {"prompt", "completion"} <= names, 'rows with "prompt" and "completion"')
         self._examples = [
-            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token) for row in dataset
+            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token)
+            for row in dataset or []
         ]
-        self._epochs = Epochs(len(dataset), self.generator)
+        self._epochs = Epochs(len(self._examples), self.generator)
 
     def collect(self) -> Rollout:
         """The next `batch_size` examples, in an order shuffled anew each epoch."""
+        check("dataset", None, len(self._examples) > 0, "given for SFT to learn")
         examples = [self._examples[i] for i in self._epochs.take(self.config.batch_size).tolist()]
         prompts, responses = zip(*examples, strict=True)
         return given_rollout(self.task, prompts, responses, self.device)

@@ -138,6 +138,7 @@ class Agent:
         config: the settings in force.
         num_timesteps: tokens learned from so far.
         num_updates: calls of `update` so far.
+        progress_remaining: share of this call of `learn` that is to come, from 1 to 0, for what follows a schedule.
         schedule: the share of the learning rate in force, from 1 to 0 in the course of `learn`.
     """
 
@@ -172,6 +173,7 @@ class Agent:
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
+        self.progress_remaining = 1.0
         self.schedule = 1.0
         if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
             self.base.reference.to(self.device)
@@ -313,6 +315,7 @@ class Agent:
                 if self.config.learning_rate_schedule == "linear":
                     self._anneal((goal - self.num_timesteps) / total_timesteps)
                 began = time.perf_counter()
+                self.progress_remaining = (goal - self.num_timesteps) / total_timesteps
                 rollout = self.collect()
                 collected = time.perf_counter()
                 metrics = {**rollout.metrics(), **self.update(rollout)}

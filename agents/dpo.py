@@ -1,0 +1,180 @@
+"""DPO: direct preference optimisation, from pairs and without a reward model (Rafailov 2023; IPO: Azar 2023).
+
+    h        = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]
+    sigmoid  = mean -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)      (Rafailov 2023, eq. 7)
+    ipo      = mean (h - 1 / (2 beta))^2                                           (Azar 2023, eq. 17)
+
+y_w is the chosen response, y_l the rejected one, eps the label smoothing; log pi of a response is the sum over its
+tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sigmoid loss is
+pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.offline import Epochs, encode_response, given_rollout
+from textrl.policy import CausalPolicy
+from textrl.rollout import Rollout, batched_logprobs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+SIDES = ("chosen", "rejected")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+DEFAULT_BETA = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(AgentConfig):
+    """Settings of DPO."""
+
+    batch_size: int = 64  # pairs an update
+    beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
+    loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
+    anneal: bool = True  # the step size falls linearly to zero over a call of `learn`
+    label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
+        check("loss", self.loss, self.loss in ("sigmoid", "ipo"), '"sigmoid" or "ipo"')
+        check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
+
+
+def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Mean of -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h): (B,) -> ()."""
+    logits = beta * margins
+    return (-(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)).mean()
+
+
+def ipo_loss(margins: Tensor, beta: float) -> Tensor:
+    """Mean of (h - 1 / (2 beta))^2: (B,) -> ()."""
+    return ((margins - 1 / (2 * beta)) ** 2).mean()
+
+
+class DPO(Agent):
+    """Learns from pairs which of two responses is the better one.
+
+    The reference is the environment's, or else the model as it starts; it is asked once for every pair, before the
+    first update.
+
+    Args:
+        env: whose tokenizer, prompts, horizon and reference hold.
+        model: as for every agent.
+        config: as for every agent.
+        dataset: rows with "prompt", "chosen" and "rejected", texts (`textrl.preferences` reads other formats). Token
+            ids under "chosen_ids" and "rejected_ids" go before the texts and are taken as they are; the reference's
+            summed log-probabilities under "ref_chosen_logps" and "ref_rejected_logps" are not computed again. May be
+            left out for an agent that is loaded only to be used.
+        settings: as for every agent.
+    """
+
+    config: DPOConfig
+    config_class: ClassVar[type[AgentConfig]] = DPOConfig
+
+    def __init__(
+        self,
+        env: AnyEnv,
+        model: PreTrainedModel | str | Path | None = None,
+        config: AgentConfig | None = None,
+        *,
+        dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(env, model, config, **settings)
+        self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
+        self._pairs = [self._encode(i, row) for i, row in enumerate(dataset or [])]
+        self._reference: Tensor | None = None  # (N, 2), once it is known
+        if dataset is not None:
+            check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
+            if set(REFERENCE_COLUMNS) <= set(dataset[0]):
+                self._reference = torch.tensor([[row[name] for name in REFERENCE_COLUMNS] for row in dataset])
+        self._epochs = Epochs(len(self._pairs), self.generator)
+
+    def _encode(self, i: int, row: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
+        """The prompt's token ids, and those of the chosen and the rejected response."""
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError(f'dataset row {i} must have a text under "prompt"; got {prompt!r}')
+        responses = []
+        for side in SIDES:
+            ids, text = row.get(f"{side}_ids"), row.get(side)
+            if ids is not None:
+                ids = [int(token) for token in ids]
+                if not 0 < len(ids) <= self.task.max_new_tokens or not all(0 <= t < self.task.vocab_size for t in ids):
+                    raise ValueError(
+                        f'dataset row {i}, column "{side}_ids" must be 1 to {self.task.max_new_tokens} token ids below'
+                        f" {self.task.vocab_size}; got {ids}"
+                    )
+            elif isinstance(text, str):
+                ids = encode_response(self.task, prompt, text)[1]
+            else:
+                raise ValueError(f'dataset row {i} must have a text under "{side}" or ids under "{side}_ids"')
+            responses.append(ids)
+        return self.task.encode({"prompt": prompt}).tolist(), responses
+
+    def collect(self) -> Rollout:
+        """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
+        check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
+        if self._reference is None:
+            self._reference = self._ask_reference()
+        return self._rollout(self._epochs.take(self.config.batch_size), self._reference)
+
+    def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
+        pairs = [self._pairs[i] for i in indices.tolist()]
+        rows = [{"ref_logprob": float(value)} for value in reference[indices].flatten()]
+        prompts = [prompt for prompt, _ in pairs for _ in SIDES]
+        responses = [response for _, both in pairs for response in both]
+        return given_rollout(self.task, prompts, responses, self.device, rows, group_size=2)
+
+    def _ask_reference(self) -> Tensor:
+        """The reference's log-probability of every response: (N, 2)."""
+        if self.base.reference is None and self.num_updates > 0:
+            raise ValueError(
+                "reference is not known any more: the run that is continued started from another model; pass that model"
+                f" as the environment's reference, or its log-probabilities in the columns {list(REFERENCE_COLUMNS)}"
+            )
+        model = self.base.reference or self.model
+        reference = CausalPolicy(model, self.task.vocab_size, self.base.temperature)
+        sums = []
+        for start in range(0, len(self._pairs), 1024):
+            part = torch.arange(start, min(start + 1024, len(self._pairs)))
+            rollout = self._rollout(part, torch.zeros(len(self._pairs), 2))
+            logprobs = batched_logprobs(reference, rollout, self.config.max_tokens_per_microbatch)
+            sums.append(logprobs.sum(1).view(-1, 2).cpu())
+        return torch.cat(sums)
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """One step on a batch of pairs."""
+        if self.config.anneal:
+            self.optimizer.learning_rate = self.learning_rate * self.progress_remaining
+        numbers = self.minimise(self._loss, rollout, mean_over="groups")
+        return {f"train/{key}": value for key, value in numbers.items()}
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        reference = torch.tensor([row["ref_logprob"] for row in batch.rows], device=self.device)
+        ratios = (self.logprobs(batch).sum(1) - reference).view(-1, 2)  # (B/2, 2): log pi / pi_ref, chosen and rejected
+        margins = ratios[:, 0] - ratios[:, 1]
+        if self.config.loss == "ipo":
+            loss = ipo_loss(margins, self.beta)
+        else:
+            loss = sigmoid_loss(margins, self.beta, self.config.label_smoothing)
+        with torch.no_grad():
+            numbers = {
+                "accuracy": (margins > 0).float().mean(),
+                "margin": self.beta * margins.mean(),
+                "chosen_reward": self.beta * ratios[:, 0].mean(),
+                "rejected_reward": self.beta * ratios[:, 1].mean(),
+            }
+        return loss, numbers
