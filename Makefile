@@ -1,0 +1,48 @@
+# Two commands do all the set-up: `make demo` runs RLHF on a real model and real ratings, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: demo test lint types wheel clean
+
+demo: $(VENV)/rlhf.done
+	$(BIN)/textrl rlhf $(ARGS)
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.done
+	$(BIN)/mypy
+
+# The tests once more, against the built wheel in an environment of its own.
+wheel: $(VENV)/test.done
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch==2.13.0
+	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		"$$(ls dist/*.whl)[test]"
+	cd tests && ../$(VENV)-wheel/bin/python -P -m pytest -c ../pyproject.toml --rootdir=. -m "not slow" .
+
+# torch first and by version: a ready CPU build is taken where one is offered.
+$(VENV)/base.done: $(SETUP)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/rlhf.done: $(VENV)/base.done
+	$(PIP) --editable ".[rlhf]"
+	touch $@
+
+$(VENV)/test.done: $(VENV)/base.done
+	$(PIP) --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist
