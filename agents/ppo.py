@@ -5,8 +5,8 @@
              + vf_coef * mean max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2) / 2
              - ent_coef * mean H(pi(. | s))
 
-A: advantages by GAE, whitened over the batch; R: unwhitened advantages plus old values. The score is paid at the last token
-and a KL penalty to the reference at every token (the environment's part); here the coefficient may follow a target.
+A: advantages by GAE, whitened over the batch; R: unwhitened advantages plus old values. The score is paid at the last
+token and a KL penalty to the reference at every token (the environment's part); here the coefficient may follow a target.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
+from textrl.critic import Critic, batched_values
 from textrl.kl import AdaptiveKL, k3
-from textrl.policy import train_last_layers, value_model, values_at
-from textrl.returns import gae, masked_mean, masked_var, whiten
+from textrl.returns import explained_variance, gae, masked_mean, whiten
 from textrl.rewards import RewardModel
-from textrl.rollout import Rollout, microbatches
-from textrl.trunk import same_blocks
+from textrl.rollout import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,7 +105,7 @@ class PPO(Agent):
 
     def build(self) -> None:
         """Adds the critic: a scalar model of its own, or a head on the policy's trunk; both start at zero."""
-        self.critic: PreTrainedModel | None = None
+        self.critic: Critic | None = None
         self.value_head: nn.Linear | None = None
         if self.config.critic == "shared":
             check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
@@ -116,11 +115,8 @@ class PPO(Agent):
             nn.init.zeros_(self.value_head.bias)
             self.modules["value_head"] = self.value_head
         else:
-            start = self._critic_from or self.model
-            self.critic = self.modules["critic"] = value_model(start).to(device=self.device, dtype=self.model.dtype)
-            train_last_layers(self.critic, self.config.trainable_layers)
-            blocks = self.policy.frozen_blocks
-            self._critic_blocks = blocks if same_blocks(self.model, self.critic, blocks) else 0
+            self.critic = Critic(self.policy, self._critic_from or self.model, self.config.trainable_layers)
+            self.modules["critic"] = self.critic.model
         self.kl = None
         if self.config.kl_target is not None:
             check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
@@ -132,7 +128,7 @@ class PPO(Agent):
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
         rewards = self._shaped(rollout)
-        values = self._values(rollout)
+        values = batched_values(self.critic or self._head_values, rollout, config.max_tokens_per_microbatch)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         rollout = replace(rollout, values=values, returns=returns, advantages=advantages)
         if config.whiten_advantages:
@@ -146,8 +142,7 @@ class PPO(Agent):
         numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
         numbers["steps"] = len(steps)
-        spread = masked_var(returns, mask)
-        numbers["explained_variance"] = float(1 - masked_var(returns - values, mask) / spread.clamp(min=1e-8))
+        numbers["explained_variance"] = explained_variance(values, returns, mask)
         if self.kl is not None and rollout.ref_logprobs is not None:
             kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
             self.base.kl_coef = self.kl.update(kl, len(rollout))
@@ -165,23 +160,13 @@ class PPO(Agent):
         last = (rollout.response_lengths - 1)[:, None]
         return rollout.rewards.scatter_add(1, last, (new - scores)[:, None])
 
-    @torch.no_grad()
-    def _values(self, rollout: Rollout) -> Tensor:
-        """The critic's value of the state before each token: (B, T)."""
-        out = torch.zeros_like(rollout.rewards)
-        for part in microbatches(rollout, self.config.max_tokens_per_microbatch):
-            batch = rollout.select(part)
-            rows, columns, _ = batch.places()
-            if self.critic is not None:
-                values = values_at(self.critic, batch.tokens, rows, columns, batch.below, self._critic_blocks)
-            else:
-                values = self._head_values(self.policy.hidden(batch.tokens, rows, columns, batch.below))
-            out[part, : batch.action_mask.shape[1]] = batch.spread(values)
-        return out
-
-    def _head_values(self, hidden: Tensor) -> Tensor:
+    def _head_values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor:
+        """The shared critic's values, (B, T), from the trunk's states (n, d) where they are at hand."""
         assert self.value_head is not None
-        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
+        if hidden is None:
+            rows, columns, _ = batch.places()
+            hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)
+        return batch.spread(self.value_head(hidden.float())[:, 0])
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None and batch.returns is not None and batch.values is not None
@@ -190,10 +175,7 @@ class PPO(Agent):
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d), a shared critic's too
         flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
         assert entropy is not None
-        if self.critic is not None:
-            values = batch.spread(values_at(self.critic, batch.tokens, rows, columns, batch.below, self._critic_blocks))
-        else:
-            values = batch.spread(self._head_values(hidden))
+        values = self._head_values(batch, hidden) if self.critic is None else self.critic(batch)
         logprobs = batch.spread(flat)
         ratio = (logprobs - batch.logprobs).exp()
         policy_loss = clipped_policy_loss(ratio, batch.advantages, mask, config.clip_coef)

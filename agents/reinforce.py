@@ -1,10 +1,13 @@
 """REINFORCE: the policy gradient with a baseline (Williams 1992).
 
-    loss = -(1 / N) * sum_t (G_t - b) * log pi(a_t | s_t)
+    loss = -(1 / N) * sum_t (G - b) * log pi(a_t | s_t)
 
-G_t is the return from token t on: what the score and the KL penalties still to come add up to. The baseline b takes no
-gradient and does not change the mean, only the variance: nothing, the running mean of the returns, the mean of the
-other samples of the same prompt (leave-one-out, RLOO; Kool 2019, Ahmadian 2024), or a learned value of the state.
+G is the return of the whole response, the score and all KL penalties: the response counts as one action (Ahmadian
+2024). At the optimum of score - kl_coef * KL this G is the same for every response to a prompt, so that the noise of the
+gradient dies out as the policy gets there. `reward_to_go` counts from token t on instead: less noise where rewards come early.
+The baseline b takes no gradient and changes only the variance: nothing, the running mean of the returns, the mean of the
+other samples of the same prompt (leave-one-out, RLOO; Kool 2019), or a learned value of the state, which asks for
+the reward to go.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
-from textrl.policy import value_model, values_at
+from textrl.critic import Critic, batched_values, value_loss
 from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var
 from textrl.rollout import Rollout
 
@@ -28,6 +31,7 @@ class REINFORCEConfig(AgentConfig):
     """Settings of REINFORCE."""
 
     baseline: str = "mean"  # "none", "mean" (running), "leave_one_out" (group_size samples a prompt), "value" (learned)
+    reward_to_go: bool = False  # G counts from token t on; always so with "value"
     baseline_decay: float = 0.9  # of the running mean
     group_size: int = 4  # samples of each prompt, for "leave_one_out"
     gamma: float = 1.0  # discount per token
@@ -56,49 +60,43 @@ class REINFORCE(Agent):
     def build(self) -> None:
         """Adds the critic, where the baseline is a learned value."""
         self.running_mean: float | None = None
-        self.critic = None
+        self.critic: Critic | None = None
         if self.config.baseline == "leave_one_out":
             self.group_size = self.config.group_size
         if self.config.baseline == "value":
-            self.critic = self.modules["critic"] = value_model(self.model)
+            self.critic = Critic(self.policy, self.model, self.config.trainable_layers)
+            self.modules["critic"] = self.critic.model
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step along the policy gradient."""
-        mask = rollout.action_mask
-        returns = discounted_returns(rollout.rewards, mask, self.config.gamma)
-        rollout = replace(rollout, returns=returns, advantages=self._advantages(rollout, returns))
-        numbers = self.minimise(self._loss, rollout)
-        numbers["advantage_std"] = float(masked_var(rollout.advantages, mask).sqrt())
+        returns = discounted_returns(rollout.rewards, rollout.action_mask, self.config.gamma)
+        advantages = self.advantages(rollout, returns)
+        numbers = self.minimise(self._loss, replace(rollout, returns=returns, advantages=advantages))
+        numbers["advantage_std"] = float(masked_var(advantages, rollout.action_mask).sqrt())
         return {f"train/{key}": value for key, value in numbers.items()}
 
-    def _advantages(self, rollout: Rollout, returns: Tensor) -> Tensor:
-        """Returns minus the baseline: (B, T)."""
+    def advantages(self, rollout: Rollout, returns: Tensor) -> Tensor:
+        """Returns (B, T), of the whole response or to go, minus the baseline: (B, T), 0 outside the mask."""
         mask = rollout.action_mask
-        if self.config.baseline == "none":
-            return returns
-        if self.config.baseline == "leave_one_out":
-            # the penalties still to come, and the score against the other samples' scores
-            whole = returns[:, 0]
-            return torch.where(mask, returns - (whole - leave_one_out(whole, rollout.group_size))[:, None], 0.0)
         if self.critic is not None:
-            with torch.no_grad():
-                rows, columns, _ = rollout.places()
-                values = rollout.spread(values_at(self.critic, rollout.tokens, rows, columns))
-            return torch.where(mask, returns - values, 0.0)
-        mean = float(returns[:, 0].mean())
-        decay = self.config.baseline_decay
-        old = mean if self.running_mean is None else self.running_mean
-        self.running_mean = decay * old + (1 - decay) * mean
-        return torch.where(mask, returns - old, 0.0)
+            values = batched_values(self.critic, rollout, self.config.max_tokens_per_microbatch)
+            return returns - values
+        whole = returns.gather(1, mask.int().argmax(1, keepdim=True))  # (B, 1), from the first of the agent's tokens
+        baseline = whole.new_zeros(())
+        if self.config.baseline == "leave_one_out":
+            baseline = whole - leave_one_out(whole[:, 0], rollout.group_size)[:, None]
+        elif self.config.baseline == "mean":
+            mean, decay = float(whole.mean()), self.config.baseline_decay
+            before = mean if self.running_mean is None else self.running_mean
+            self.running_mean = decay * before + (1 - decay) * mean
+            baseline += before
+        return torch.where(mask, (returns if self.config.reward_to_go else whole) - baseline, 0.0)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None and batch.returns is not None
-        mask = batch.action_mask
-        loss = policy_gradient_loss(self.logprobs(batch), batch.advantages, mask)
+        loss = policy_gradient_loss(self.logprobs(batch), batch.advantages, batch.action_mask)
         numbers = {"policy_loss": loss}
         if self.critic is not None:
-            rows, columns, _ = batch.places()
-            values = batch.spread(values_at(self.critic, batch.tokens, rows, columns))
-            numbers["value_loss"] = masked_mean((values - batch.returns) ** 2, mask)
+            numbers["value_loss"] = value_loss(self.critic(batch), batch.returns, batch.action_mask)
             loss = loss + self.config.vf_coef * numbers["value_loss"]
         return loss, numbers

@@ -23,6 +23,11 @@ def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
     return torch.where(mask, white + mean if keep_mean else white, 0.0)
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - var(returns - values) / var(returns) over the mask: 1 for a perfect critic, 0 for a constant one."""
+    return float(1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8))
+
+
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + gamma * G_{t+1} over the agent's tokens: (B, T) -> (B, T), 0 outside the mask.
 

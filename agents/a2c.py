@@ -1,0 +1,75 @@
+"""A2C: advantage actor-critic, one update per batch (Mnih 2016).
+
+    loss = -(1 / N) * sum_t A_t * log pi(a_t | s_t) + vf_coef * (1 / 2N) * sum_t (V(s_t) - R_t)^2 - ent_coef * mean H
+
+A: advantages by GAE, which take no gradient; R: advantages plus old values. PPO with one epoch, one minibatch and no
+clip has the same policy gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from textrl.agent import Agent, AgentConfig, allowed_at, check
+from textrl.critic import Critic, batched_values, value_loss
+from textrl.returns import explained_variance, gae, whiten
+from textrl.rollout import Rollout
+
+from .reinforce import policy_gradient_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class A2CConfig(AgentConfig):
+    """Settings of A2C."""
+
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    gamma: float = 1.0  # discount per token
+    gae_lambda: float = 0.95  # lambda of GAE
+    whiten_advantages: bool = True  # to mean 0, variance 1 over the batch
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        for name in ("gamma", "gae_lambda"):
+            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+
+
+class A2C(Agent):
+    """Actor-critic with one step a batch."""
+
+    config: A2CConfig
+    config_class: ClassVar[type[AgentConfig]] = A2CConfig
+
+    def build(self) -> None:
+        """Adds the critic."""
+        self.critic = Critic(self.policy, self.model, self.config.trainable_layers)
+        self.modules["critic"] = self.critic.model
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """One step of actor and critic."""
+        config, mask = self.config, rollout.action_mask
+        values = batched_values(self.critic, rollout, config.max_tokens_per_microbatch)
+        advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        numbers = self.minimise(self._loss, replace(rollout, advantages=advantages, returns=returns))
+        numbers["explained_variance"] = explained_variance(values, returns, mask)
+        return {f"train/{key}": value for key, value in numbers.items()}
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.advantages is not None and batch.returns is not None
+        rows, columns, targets = batch.places()
+        hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d)
+        flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
+        assert entropy is not None
+        numbers = {
+            "policy_loss": policy_gradient_loss(batch.spread(flat), batch.advantages, batch.action_mask),
+            "value_loss": value_loss(self.critic(batch), batch.returns, batch.action_mask),
+            "entropy": entropy.mean(),
+        }
+        bonus = self.config.ent_coef * numbers["entropy"]
+        return numbers["policy_loss"] + self.config.vf_coef * numbers["value_loss"] - bonus, numbers

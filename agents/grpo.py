@@ -1,0 +1,111 @@
+"""GRPO: group-relative policy optimisation, no critic, the KL in the loss (Shao 2024).
+
+    A_i    = (score_i - mean of the other samples of the prompt) / std
+    ratio  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
+    loss   = mean max(-A_i * ratio, -A_i * clip(ratio, 1 - eps, 1 + eps)) + (kl_coef / std) * mean ratio * (k3_t + K_t)
+    k3_t   = pi_ref / pi - 1 - log(pi_ref / pi),   K_t = the sum of k3 over the tokens still to come, without gradient
+
+What differs from the paper, so that the loss has its minimum where score - kl_coef * KL has its maximum: the KL carries
+the ratio and the tokens still to come (the gradient of k3 alone is that of KL(pi_ref || pi), token by token; Tang and
+Munos 2025); the mean leaves the sample itself out (else the score counts (k - 1) / k); std is that of the whole batch and
+divides the KL as well. `scale="group"` is the paper's division by the deviation of each group, which weighs easy and
+hard prompts up (Liu 2025).
+
+The environment's penalty is taken out of its rewards first: the KL is paid once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from textrl.agent import Agent, AgentConfig, check
+from textrl.kl import k3
+from textrl.returns import discounted_returns, group_normalised, leave_one_out, masked_mean
+from textrl.rollout import Rollout
+
+from .ppo import clipped_policy_loss
+
+SCALES = ("batch", "group", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(AgentConfig):
+    """Settings of GRPO."""
+
+    group_size: int = 8  # samples of each prompt
+    epochs: int = 1  # passes over each batch
+    minibatches: int = 4  # steps a pass
+    clip_coef: float = 0.2  # eps of the ratio
+    scale: str = "batch"  # whose standard deviation divides the scores: the "batch"'s, each "group"'s, or "none"
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        check("group_size", self.group_size, self.group_size >= 2, "at least 2")
+        for name in ("epochs", "minibatches"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
+        check("scale", self.scale, self.scale in SCALES, f"one of {list(SCALES)}")
+
+
+def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Masked mean of ratio_t * (k3_t + sum_{u > t} k3_u): its gradient is that of the KL of whole responses.
+
+    Args:
+        logprobs: (B, T), differentiable.
+        old_logprobs: (B, T), of the policy that drew the tokens.
+        ref_logprobs: (B, T), of the reference.
+        mask: (B, T) bool.
+
+    Returns:
+        ().
+    """
+    per_token = k3(logprobs, ref_logprobs)
+    later = discounted_returns(per_token.detach() * mask, mask) - per_token.detach() * mask
+    return masked_mean((logprobs - old_logprobs).exp() * (per_token + later), mask)
+
+
+class GRPO(Agent):
+    """Policy optimisation against the other samples of the same prompt."""
+
+    config: GRPOConfig
+    config_class: ClassVar[type[AgentConfig]] = GRPOConfig
+
+    def build(self) -> None:
+        """Asks for groups; there is no critic."""
+        self.group_size = self.config.group_size
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """A few clipped steps on one batch."""
+        config, mask = self.config, rollout.action_mask
+        scores = rollout.rewards.sum(1)  # (B,)
+        if rollout.ref_logprobs is not None:
+            scores = scores + self.base.kl_coef * ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
+        spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())
+        if config.scale == "group":
+            advantages = group_normalised(scores, rollout.group_size)
+        else:
+            advantages = leave_one_out(scores, rollout.group_size) / spread
+        self._kl_weight = self.base.kl_coef / float(spread)
+        rollout = replace(rollout, advantages=torch.where(mask, advantages[:, None], 0.0))
+        steps = [
+            self.minimise(self._loss, rollout.select(indices))
+            for _ in range(config.epochs)
+            for indices in self.shuffled(len(rollout), config.minibatches)
+        ]
+        return {f"train/{key}": sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.advantages is not None
+        mask, logprobs = batch.action_mask, self.logprobs(batch)
+        ratio = (logprobs - batch.logprobs).exp()
+        loss = clipped_policy_loss(ratio, batch.advantages, mask, self.config.clip_coef)
+        numbers = {"policy_loss": loss, "kl_old_new": masked_mean(k3(batch.logprobs, logprobs), mask)}
+        if batch.ref_logprobs is not None and self._kl_weight > 0:
+            numbers["kl_loss"] = kl_loss(logprobs, batch.logprobs, batch.ref_logprobs, mask)
+            loss = loss + self._kl_weight * numbers["kl_loss"]
+        return loss, numbers

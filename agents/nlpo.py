@@ -1,0 +1,72 @@
+"""NLPO: natural-language policy optimisation, PPO over a learned action mask (Ramamurthy 2023).
+
+    M(s)       = the fewest tokens that reach probability top_p together under the mask policy
+    pi_M(a|s)  = pi(a | s) / sum_{b in M(s)} pi(b | s)   for a in M(s), else 0
+
+The mask policy is a copy of the policy, taken anew every `mask_interval` updates. Tokens are drawn from pi_M; their
+log-probabilities, ratios and entropies are those of pi_M, with the masks that held when they were drawn; the loss is
+PPO's. A token outside the mask gets no gradient: with a small top_p the best response may lie where nobody looks.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from textrl.agent import AgentConfig, check
+from textrl.generation import within_top_p
+from textrl.policy import CausalPolicy
+from textrl.rollout import Rollout
+from textrl.stepwise import StepwiseLM
+
+from .ppo import PPO, PPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLPOConfig(PPOConfig):
+    """Settings of NLPO: PPO's, and the mask's."""
+
+    top_p: float = 0.99  # the mask keeps the most probable tokens that reach this together
+    mask_interval: int = 10  # updates between two copies of the policy into the mask policy
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("mask_interval", self.mask_interval, self.mask_interval >= 1, "at least 1")
+
+
+class NLPO(PPO):
+    """PPO that draws from the top-p tokens of a slower policy."""
+
+    config: NLPOConfig
+    config_class: ClassVar[type[AgentConfig]] = NLPOConfig
+
+    def build(self) -> None:
+        """Adds the mask policy; it is saved and restored with the agent."""
+        super().build()
+        self.mask_model = self.modules["mask_policy"] = copy.deepcopy(self.model).requires_grad_(False)
+        mask_policy = CausalPolicy(self.mask_model, self.task.vocab_size, self.base.temperature)
+        self.mask_stepper = StepwiseLM(mask_policy, self.task.vocab_size)
+
+    def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The mask policy's top-p tokens at each observation."""
+        logits = self.mask_stepper(observations) / self.base.temperature
+        return within_top_p(logits, self.config.top_p).cpu().numpy()
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """PPO's update on the masked batch; now and then the mask policy catches up."""
+        assert rollout.allowed is not None
+        numbers = super().update(rollout)
+        numbers["train/masked_share"] = 1 - float(rollout.allowed[rollout.action_mask].float().mean())
+        if (self.num_updates + 1) % self.config.mask_interval == 0:
+            with torch.no_grad():
+                for slow, fast in zip(self.mask_model.parameters(), self.model.parameters(), strict=True):
+                    slow.copy_(fast)
+            self.mask_stepper.forget()
+        return numbers

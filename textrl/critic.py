@@ -1,0 +1,52 @@
+"""A critic with a trunk of its own, and values of whole batches in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .policy import CausalPolicy, train_last_layers, value_model, values_at
+from .returns import masked_mean
+from .rollout import Rollout, microbatches
+from .trunk import same_blocks
+
+
+class Critic:
+    """The value of the state before each token, from a scalar model that starts at zero.
+
+    Args:
+        policy: whose device, dtype and frozen lower blocks hold.
+        start: the model whose trunk is copied: the policy's own, or a reward model's.
+        trainable_layers: as for the policy.
+
+    Attributes:
+        model: the scalar model.
+    """
+
+    def __init__(self, policy: CausalPolicy, start: PreTrainedModel, trainable_layers: int | None = None) -> None:
+        self.model = value_model(start).to(device=policy.device, dtype=policy.model.dtype)
+        train_last_layers(self.model, trainable_layers)
+        self._blocks = policy.frozen_blocks if same_blocks(policy.model, self.model, policy.frozen_blocks) else 0
+
+    def __call__(self, batch: Rollout) -> Tensor:
+        """(B, T) float32, differentiable; 0 outside the agent's tokens."""
+        rows, columns, _ = batch.places()
+        return batch.spread(values_at(self.model, batch.tokens, rows, columns, batch.below, self._blocks))
+
+
+@torch.no_grad()
+def batched_values(critic: Callable[[Rollout], Tensor], rollout: Rollout, tokens_at_once: int) -> Tensor:
+    """A critic's values of a whole rollout in microbatches, without gradients: (B, T)."""
+    out = torch.zeros_like(rollout.rewards)
+    for part in microbatches(rollout, tokens_at_once):
+        batch = rollout.select(part)
+        out[part, : batch.action_mask.shape[1]] = critic(batch)
+    return out
+
+
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Half the masked mean of the squared error: (B, T) three times -> ()."""
+    return 0.5 * masked_mean((values - returns) ** 2, mask)
