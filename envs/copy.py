@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from textrl.task import Row, Task, symbol_tokenizer
 
 MOST_PROMPTS = 10_000
+END = "\n"
 
 
 def strings(symbols: str, length: int) -> list[str]:
@@ -26,10 +29,12 @@ def strings(symbols: str, length: int) -> list[str]:
     return ["".join(symbols[i] for i in each) for each in drawn.tolist()]
 
 
-def share_right(target: str, text: str, stopped: bool) -> float:
-    """The share of the target's places, and one for the end right after it, that a text has right."""
-    right = sum(map(str.__eq__, target, text))
-    return (right + (stopped and len(text) == len(target))) / (len(target) + 1)
+def shares_right(targets: Iterable[str], completions: list[str], stopped: Iterable[bool]) -> list[float]:
+    """The share of each target's places, and one more for the end right after it, that a completion has right."""
+    return [
+        sum(map(eq, target + END, text + END if stop else text)) / (len(target) + 1)
+        for target, text, stop in zip(targets, completions, stopped, strict=True)
+    ]
 
 
 class Copy(Task):
@@ -61,5 +66,4 @@ class Copy(Task):
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """The share of places that are right; the end counts as a place."""
         end = self.eos_token_id
-        stopped = [ids[-1] == end for ids in columns["completion_ids"]]
-        return list(map(share_right, prompts, completions, stopped))
+        return shares_right(prompts, completions, [ids[-1] == end for ids in columns["completion_ids"]])

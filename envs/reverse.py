@@ -6,7 +6,7 @@ from typing import Any
 
 from textrl.task import Row, Task, symbol_tokenizer
 
-from .copy import share_right, strings
+from .copy import shares_right, strings
 
 
 class Reverse(Task):
@@ -38,7 +38,6 @@ class Reverse(Task):
 
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """The share of places that are right; the end counts as a place."""
-        return [
-            share_right(prompt[::-1], text, ids[-1] == self.eos_token_id)
-            for prompt, text, ids in zip(prompts, completions, columns["completion_ids"], strict=True)
-        ]
+        targets = [prompt[::-1] for prompt in prompts]
+        end = self.eos_token_id
+        return shares_right(targets, completions, [ids[-1] == end for ids in columns["completion_ids"]])

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .render import RENDER_MODES, Picture, draw, show
+from .rows import RowStream
 from .scores import shorten
-from .task import Row, RowStream, Task
+from .task import Row, Task
 
 if TYPE_CHECKING:
     from torch import Tensor

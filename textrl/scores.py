@@ -32,14 +32,14 @@ class Scores:
         return self.totals if self.tokens is None else np.array([values[-1] for values in self.tokens])
 
 
-def check_scores(given: Any, prompts: list[str], completions: list[str], lengths: list[int]) -> Scores:
+def check_scores(given: Any, prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> Scores:
     """Turns what a score function gave into `Scores`.
 
     Args:
         given: a sequence of B numbers, or of B sequences of numbers, one for each token.
         prompts: B prompts, for the message.
         completions: B responses, for the message.
-        lengths: B numbers of tokens.
+        completion_ids: B responses as token ids, for their lengths.
 
     Raises:
         ValueError: for a wrong length, a value that is not a number, NaN or infinity.
@@ -54,20 +54,18 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], lengths
         raise ValueError(
             f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}"
         )
-    per_token = len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))
-    if not per_token:
-        try:  # the common case in one call
-            totals = np.array(given, dtype=np.float64)
-            if set(map(type, given)) <= NUMBERS and np.isfinite(totals).all():
-                return Scores(totals)
-        except (TypeError, ValueError):
-            pass
+    try:  # the common case, quickly: plain numbers with a finite sum
+        if set(map(type, given)) <= NUMBERS and math.isfinite(sum(given)):
+            return Scores(np.array(given, dtype=np.float64))
+    except OverflowError:
+        pass
+    if not (len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))):
         return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(given)]))
     tokens = []
     for i, values in enumerate(given):
-        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != lengths[i]:
+        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(completion_ids[i]):
             raise ValueError(
-                f"score must give a number for each of the {lengths[i]} tokens of a completion; got {shorten(values)}"
+                f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion; got {shorten(values)}"
                 f" for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
             )
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))

@@ -24,31 +24,6 @@ DEFAULT_MAX_PROMPT_TOKENS = 64
 _CACHED_PROMPTS = 100_000
 
 
-class RowStream:
-    """The endless stream of rows that an environment plays, drawn from one generator.
-
-    A task that draws evenly from `prompts()` is asked for numbers in blocks, which is much quicker than one by one.
-
-    Args:
-        task: whose rows.
-        seed: fixes the stream; kept apart from the one that `action_space.seed(seed)` gives.
-    """
-
-    def __init__(self, task: Task, seed: int) -> None:
-        self._task = task
-        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0x7E87,))))
-        self._rows = task.rows if type(task).sample is Task.sample else None
-        self._block: list[int] = []
-
-    def __next__(self) -> Row:
-        """The next row."""
-        if self._rows is None:
-            return self._task.sample(self._rng)
-        if not self._block:
-            self._block = self._rng.integers(len(self._rows), size=64).tolist()
-        return self._rows[self._block.pop()]
-
-
 class Task:
     """A text-generation task: what to say next, and how good what was said is.
 
@@ -250,10 +225,8 @@ class Task:
             completions = self.decode(completion_ids)
         given = self._columns(rows, completion_ids)
         prompts = [row["prompt"] for row in rows]
-        lengths = [len(response) for response in given["completion_ids"]]
-        scores = check_scores(
-            self.score(prompts=prompts, completions=completions, **given), prompts, completions, lengths
-        )
+        said = self.score(prompts=prompts, completions=completions, **given)
+        scores = check_scores(said, prompts, completions, given["completion_ids"])
         self.token_scores = scores.tokens is not None
         return scores
 

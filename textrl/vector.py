@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from .env import Info, Policy, check_penalty, chosen_logprobs, chosen_row, observation_space
 from .render import RENDER_MODES, Picture, draw, show
-from .task import Row, RowStream, Task
+from .rows import RowStreams
+from .task import Row, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,15 +79,15 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
             self.reference, self._ref_logits = frozen_reference(reference, task)
         n, width = self.num_envs, task.max_prompt_tokens + task.max_new_tokens
-        self._indices = np.arange(n)
-        self._tokens = np.full((n, width), task.vocab_size, dtype=np.int64)  # (N, L)
+        self._buffer = np.full((n, width + 1), task.vocab_size, dtype=np.int64)
+        self._tokens = self._buffer[:, :width]  # (N, L); the column after it takes what is written past the end
+        self._offsets = np.arange(n) * (width + 1)  # where the rows begin in the flat buffer
         self._prompt_lengths = np.zeros(n, dtype=np.int64)
         self._lengths = np.zeros(n, dtype=np.int64)
-        self._ends = np.zeros(n, dtype=np.int64)  # the length at which the horizon is reached
         self._ended: Bools = np.ones(n, dtype=np.bool_)
         self._started = False
         self._rows: list[Row] = [{} for _ in range(n)]
-        self._streams: list[RowStream] = []
+        self._streams: RowStreams | None = None
         self._masked = task.masked
         self._rewards = None if render_mode is None else np.zeros((n, task.max_new_tokens))  # (N, T), for pictures
 
@@ -118,11 +119,12 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if not self._started and not mask.all():
             raise gym.error.ResetNeeded("the first reset must be of all rows: leave options['reset_mask'] away")
         super().reset(seed=first)
-        if not self._streams:
-            self._streams = [RowStream(self.task, s) for s in self.np_random.integers(2**63, size=n).tolist()]
+        if self._streams is None:
+            fresh = self.np_random.integers(2**63, size=n).tolist()
+            self._streams = RowStreams(self.task, fresh, self._tokens.shape[1])
         for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
-                self._streams[i] = RowStream(self.task, int(row_seed))
+                self._streams.seed(i, int(row_seed))
         self._restart(np.flatnonzero(mask), chosen_row(options))
         self._started = True
         self._show()
@@ -130,16 +132,16 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def _restart(self, indices: NDArray[np.intp], row: Row | None = None) -> None:
         """A new prompt in each of these rows."""
-        tokens, encode = self._tokens, self.task.encode
-        tokens[indices] = self.task.vocab_size
-        lengths = []
-        for i in indices.tolist():
-            self._rows[i] = chosen = next(self._streams[i]) if row is None else row
-            ids = encode(chosen)
-            tokens[i, : len(ids)] = ids
-            lengths.append(len(ids))
+        assert self._streams is not None
+        if row is None:
+            rows, tokens, lengths = self._streams.draw(indices)
+        else:
+            rows = [row] * len(indices)
+            tokens, lengths = self._streams.lay_out(rows)
+        for i, each in zip(indices.tolist(), rows, strict=True):
+            self._rows[i] = each
+        self._tokens[indices] = tokens
         self._prompt_lengths[indices] = self._lengths[indices] = lengths
-        self._ends[indices] = self._lengths[indices] + self.task.max_new_tokens
         self._ended[indices] = False
         if self._rewards is not None:
             self._rewards[indices] = 0
@@ -167,7 +169,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             raise gym.error.ResetNeeded("step was called before the first reset: call reset() first")
         actions = check_actions(actions, self.num_envs, self.task.vocab_size)
         resetting = self._ended
-        again = np.flatnonzero(resetting)
+        again = resetting.nonzero()[0]
         if self.autoreset_mode == AutoresetMode.DISABLED:
             assert len(again) == 0, (
                 f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}"
@@ -177,19 +179,19 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         infos: Info = {}
         if self._ref_logits is not None:
             self._penalties(actions, live, rewards, infos)
-        rows = np.flatnonzero(live) if len(again) else self._indices
-        self._tokens[rows, self._lengths[rows]] = actions[rows]
-        self._lengths[rows] += 1
-        if len(again):
+        self._buffer.reshape(-1)[self._offsets + self._lengths] = actions
+        self._lengths += live
+        if len(again):  # what was just written there goes
             self._restart(again)
-        ended = ((actions == self.task.eos_token_id) | (self._lengths == self._ends)) & live
+        generated = self._lengths - self._prompt_lengths
+        ended = ((actions == self.task.eos_token_id) | (generated == self.task.max_new_tokens)) & live
         self._ended = ended.copy()
-        over = np.flatnonzero(ended)
+        over = ended.nonzero()[0]
         final = self._finish(over, ended, rewards) if len(over) else {}
         if self.task.token_scores is not False:
             self._token_scores(np.flatnonzero(live & ~ended), rewards)
         if self._rewards is not None:
-            self._rewards[rows, self._lengths[rows] - self._prompt_lengths[rows] - 1] = rewards[rows]
+            self._rewards[live, generated[live] - 1] = rewards[live]
         if len(over) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._into_final(infos, final, ended)
             self._restart(over)
@@ -233,9 +235,12 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         rewards[indices] += scores.last
         infos: Info = {}
         for key, values in columns.items():
-            numbers = isinstance(values, np.ndarray)
-            infos[key] = np.zeros(self.num_envs) if numbers else np.full(self.num_envs, None, dtype=object)
-            infos[key][indices] = values
+            if isinstance(values, list):
+                infos[key] = texts = np.empty(self.num_envs, dtype=object)  # None everywhere
+                texts[indices] = np.array(values, dtype=object)
+            else:
+                infos[key] = np.zeros(self.num_envs)
+                infos[key][indices] = values
             infos[f"_{key}"] = ended.copy()
         return infos
 
@@ -279,7 +284,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def pictures(self) -> list[Picture]:
         """The episodes as they stand, for the renderers."""
-        responses = self._responses(self._indices)
+        responses = self._responses(np.arange(self.num_envs))
         paid = np.zeros((self.num_envs, self.task.max_new_tokens)) if self._rewards is None else self._rewards
         return [
             Picture.of(self.task, row.get("prompt", ""), response, rewards[: len(response)].tolist(), "reward", total)
@@ -328,9 +333,9 @@ def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.in
         ValueError: for floats, another shape, or ids outside the vocabulary.
     """
     array = np.asarray(actions)
-    if array.shape != (num_envs,) or not np.issubdtype(array.dtype, np.integer):
+    if array.shape != (num_envs,) or array.dtype.kind not in "iu":
         raise ValueError(f"actions must be {num_envs} integer token ids; got shape {array.shape}, dtype {array.dtype}")
-    outside = (array < 0) | (array >= vocab_size)
+    outside = array.astype(np.uint64) >= vocab_size  # a negative id becomes a huge one
     if outside.any():
         bad = int(np.flatnonzero(outside)[0])
         raise ValueError(f"actions must be token ids from 0 to {vocab_size - 1}; got {array[bad]} in row {bad}")
