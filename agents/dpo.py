@@ -41,7 +41,7 @@ class DPOConfig(AgentConfig):
     batch_size: int = 64  # pairs an update
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
-    anneal: bool = True  # the step size falls linearly to zero over a call of `learn`
+    cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
     label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
 
     def __post_init__(self) -> None:
@@ -49,6 +49,7 @@ class DPOConfig(AgentConfig):
         super().__post_init__()
         check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
         check("loss", self.loss, self.loss in ("sigmoid", "ipo"), '"sigmoid" or "ipo"')
+        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
         check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
 
 
@@ -157,8 +158,8 @@ class DPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a batch of pairs."""
-        if self.config.anneal:
-            self.optimizer.learning_rate = self.learning_rate * self.progress_remaining
+        left = self.progress_remaining / max(self.config.cooldown, 1e-9)
+        self.optimizer.learning_rate = self.learning_rate * min(1.0, left)
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
         return {f"train/{key}": value for key, value in numbers.items()}
 

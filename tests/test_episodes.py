@@ -1,0 +1,169 @@
+"""Logged batches: exact round trips, readable by Minari alone."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+minari = pytest.importorskip("minari")
+
+import textrl  # noqa: E402
+from textrl.episodes import as_episodes, collect, open_dataset, read_episodes  # noqa: E402
+from textrl.policy import CausalPolicy, small_model  # noqa: E402
+from textrl.rollout import Rollout, batched_logprobs, collect_sampled  # noqa: E402
+from textrl.task import symbol_tokenizer  # noqa: E402
+
+
+class Vowels(textrl.Task):
+    """Share of vowels; two prompts and a column beside them."""
+
+    def __init__(self) -> None:
+        super().__init__(tokenizer=symbol_tokenizer("abcd"), max_new_tokens=4)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": "", "bonus": 0.5}, {"prompt": "bcd", "bonus": 0.25}]
+
+    def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [text.count("a") / 4 + bonus for text, bonus in zip(completions, columns["bonus"], strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def datasets_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    yield
+
+
+def make(kl_coef: float = 0.1, seed: int = 1) -> tuple[textrl.TextEnv, Any]:
+    task = Vowels()
+    model = small_model(task.vocab_size, 8, seed)
+    reference = small_model(task.vocab_size, 8, 9) if kl_coef else None
+    return textrl.TextEnv(task, reference=reference, kl_coef=kl_coef), model
+
+
+def same(a: Rollout, b: Rollout) -> None:
+    for name in ("tokens", "prompt_lengths", "action_mask", "logprobs", "ref_logprobs", "rewards", "scores", "stopped"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.rows == b.rows
+    assert a.completions == b.completions
+
+
+def test_tokens_logprobs_and_rewards_come_back_exactly(tmp_path: Path) -> None:
+    env, model = make()
+    collect(env, model, 40, tmp_path / "batch", seed=3)
+    sampled = collect_sampled(
+        env,
+        CausalPolicy(model, env.task.vocab_size),
+        40,
+        rng=np.random.default_rng([3, 2]),
+        generator=torch.Generator().manual_seed(3),
+    )
+    same(read_episodes(str(tmp_path / "batch"), env.task), sampled)
+
+
+def test_minari_loads_it_by_its_id() -> None:
+    env, model = make(kl_coef=0)
+    written = collect(env, model, 5, "toy/vowels/random-v0")
+    loaded = minari.load_dataset("toy/vowels/random-v0")
+    assert loaded.id == written.id == "toy/vowels/random-v0"
+    assert (loaded.total_episodes, loaded.total_steps) == (5, read_episodes(loaded).num_tokens)
+    assert loaded.observation_space == env.observation_space and loaded.action_space == env.action_space
+    assert "toy/vowels/random-v0" in minari.list_local_datasets()
+    for episode in loaded.iterate_episodes():
+        assert episode.terminations.tolist() == [False] * (len(episode) - 1) + [True]
+        assert not episode.truncations.any()
+        assert all(observation in env.observation_space for observation in episode.observations)
+        env.reset(seed=0)
+        assert episode.infos["score"][-1] == pytest.approx(episode.rewards.sum())  # no penalty here
+
+
+def test_an_episode_replays_in_the_environment() -> None:
+    env, model = make()
+    dataset = collect(env, model, 6, "toy/replay-v0", seed=4)
+    rollout = read_episodes(dataset, env.task)
+    env.policy = lambda o: CausalPolicy(model, env.task.vocab_size).logits(
+        CausalPolicy(model, env.task.vocab_size).hidden(
+            torch.from_numpy(o[:, : (o != env.task.vocab_size).sum()]),
+            torch.tensor([0]),
+            torch.tensor([int((o != env.task.vocab_size).sum()) - 1]),
+        )
+    ).detach()
+    for episode, row in zip(dataset.iterate_episodes(), rollout.rows, strict=True):
+        observation, _ = env.reset(options={"row": row})
+        for t, action in enumerate(episode.actions):
+            np.testing.assert_array_equal(observation, episode.observations[t])
+            observation, reward, terminated, _, info = env.step(int(action))
+            assert reward == pytest.approx(float(episode.rewards[t]), abs=1e-5)
+            assert info["ref_logprob"] == pytest.approx(float(episode.infos["ref_logprob"][t + 1]), abs=1e-5)
+        np.testing.assert_array_equal(observation, episode.observations[-1])
+        assert terminated and info["score"] == pytest.approx(float(episode.infos["score"][-1]))
+
+
+def test_logged_logprobs_are_those_of_the_policy(tmp_path: Path) -> None:
+    env, model = make()
+    rollout = read_episodes(collect(env, model, 30, tmp_path / "batch"))
+    again = batched_logprobs(CausalPolicy(model, env.task.vocab_size), rollout, 64)
+    torch.testing.assert_close(rollout.logprobs, again, atol=1e-5, rtol=0)
+
+
+class Doubled(gym.Wrapper[Any, Any, Any, Any]):
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = self.env.step(action)
+        return observation, 2 * float(reward), *rest
+
+
+def test_a_wrapped_environment_is_stepped_and_its_rewards_are_kept() -> None:
+    env, model = make(kl_coef=0)
+    rollout = read_episodes(collect(Doubled(env), model, 7, "toy/doubled-v0"), env.task)
+    assert len(rollout) == 7
+    torch.testing.assert_close(rollout.rewards.sum(1), 2 * rollout.scores)
+
+
+def test_one_seed_one_batch() -> None:
+    env, model = make()
+    first, second, other = (
+        read_episodes(collect(env, model, 8, f"toy/seed-v{i}", seed=seed), env.task)
+        for i, seed in enumerate((0, 0, 1))
+    )
+    same(first, second)
+    assert first.completions != other.completions
+
+
+def test_an_agent_can_be_asked() -> None:
+    class Still(textrl.Agent):
+        def update(self, rollout: Rollout) -> dict[str, float]:
+            return {}
+
+    env, model = make()
+    from_agent = read_episodes(collect(env, Still(env, copy.deepcopy(model), device="cpu"), 8, "toy/agent-v0"))
+    same(from_agent, read_episodes(collect(env, model, 8, "toy/model-v0")))
+
+
+def test_rows_become_episodes() -> None:
+    task = Vowels()
+    rows = [
+        {"prompt": "bcd", "completion": "ab", "bonus": 0.25},
+        {"prompt": "", "completion_ids": [1, 1, 1, 1], "bonus": 0.5},
+    ]
+    rollout = as_episodes(rows, task, torch.device("cpu"))
+    assert rollout.tokens.tolist() == [[0, 2, 3, 4, 1, 2, 0], [0, 1, 1, 1, 1, 0, 0]]
+    assert rollout.stopped.tolist() == [True, False]
+    assert rollout.scores.tolist() == [0.5, 1.5]  # 1/4 + 1/4; 4/4 + 1/2
+    assert rollout.logprobs[0, :3].isnan().all()
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    env, model = make()
+    with pytest.raises(ValueError, match="episodes must be at least 1; got 0"):
+        collect(env, model, 0, tmp_path / "a")
+    with pytest.raises(ValueError, match="there is none at"):
+        open_dataset(tmp_path / "nowhere")
+    collect(env, model, 1, tmp_path / "b")
+    with pytest.raises(ValueError, match="dataset must be new"):
+        collect(env, model, 1, tmp_path / "b")
+    with pytest.raises(ValueError, match='dataset row 0 must have a text under "prompt"'):
+        as_episodes([{"completion": "a"}], env.task, torch.device("cpu"))

@@ -1,0 +1,315 @@
+"""Logged batches of episodes, as Minari datasets on disk, which other offline libraries read too.
+
+One step is one token. Beside what every Minari dataset holds, `infos` carries at index t + 1, as `env.step` returns it,
+`logprob` (of the action at t under the policy that drew it), `ref_logprob` (where there is a reference) and `score` (at
+the last step; NaN before). The metadata of an episode holds its row of the task, as JSON under `options/row`; that
+of the dataset, under `textrl`, the KL coefficient, the temperature, the end token and the prompts' longest length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .agent import Agent, AnyEnv, base_env, check, is_bare
+from .env import observation_space
+from .generation import Sampling, draw
+from .offline import encode_response, given_rollout
+from .policy import CausalPolicy, load_model
+from .rollout import Act, Rollout, collect_sampled, collect_stepped, pad_responses
+from .stepwise import StepwiseLM
+from .task import Task, shorten
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+    from transformers import PreTrainedModel
+
+EPISODES_AT_ONCE = 512
+
+
+def collect(
+    env: AnyEnv,
+    model: Agent | PreTrainedModel | str | Path,
+    episodes: int,
+    dataset: str | Path,
+    seed: int = 0,
+) -> MinariDataset:
+    """Plays episodes and writes them as a Minari dataset.
+
+    Args:
+        env: a textrl environment, single or vector. A wrapped one is stepped, and rounded up to a multiple of its rows.
+        model: who acts: an agent, a language model, or its folder or name.
+        episodes: how many, at least 1.
+        dataset: where they go: an id that ends in a version ("textrl/copy/random-v0"), kept where Minari keeps its
+            datasets (`MINARI_DATASETS_PATH`, or `~/.minari/datasets`); else, and for every `Path`, a new folder.
+        seed: of the prompts and the samples.
+
+    Returns:
+        the dataset, as Minari reads it.
+
+    Raises:
+        ValueError: for a dataset that exists already, or fewer than one episode.
+    """
+    check("episodes", episodes, episodes >= 1, "at least 1")
+    base = base_env(env)
+    lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
+    policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
+    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
+    storage = _new_storage(dataset, env, type(model).__name__)
+    stepper = StepwiseLM(policy, base.task.vocab_size)
+    first = True
+    while storage.total_episodes < episodes:
+        size = min(EPISODES_AT_ONCE, episodes - int(storage.total_episodes))
+        if is_bare(env):
+            rollout = collect_sampled(base, policy, size, rng=rng, generator=generator)
+        else:
+            attached = env.unwrapped is base
+            if attached:
+                base.policy = stepper
+            missing = 0.0 if attached or base.reference is None else base.kl_coef
+            rollout = collect_stepped(
+                env,
+                base.task,
+                _actor(env, stepper, base.temperature, generator),
+                size,
+                device=policy.device,
+                seed=seed if first else None,
+                missing_penalty=missing,
+            )
+        storage.update_episodes(_buffers(rollout, base.task))
+        first = False
+    return open_dataset(storage.data_path.parent)
+
+
+def open_dataset(dataset: MinariDataset | str | Path) -> MinariDataset:
+    """A Minari dataset from its id or folder.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    minari = _minari()
+    if isinstance(dataset, minari.MinariDataset):
+        return dataset
+    data = _folder(dataset) / "data"
+    if not data.is_dir():
+        raise ValueError(f"dataset must be a Minari dataset's folder or id; there is none at {str(data.parent)!r}")
+    return minari.MinariDataset(data)
+
+
+def read_episodes(
+    dataset: MinariDataset | str | Path, task: Task | None = None, device: torch.device | str = "cpu"
+) -> Rollout:
+    """All episodes of a Minari dataset; token ids and logged log-probabilities as they were when they were drawn.
+
+    Args:
+        dataset: one that `collect` wrote, or another recorded from a textrl environment; what was not recorded is NaN.
+        task: gives the responses as text; without it `completions` stays empty.
+        device: where the tensors go.
+    """
+    found = open_dataset(dataset)
+    fill = int(found.observation_space.high.flat[0])
+    eos = found.storage.metadata.get("textrl", {}).get("eos_token_id", None if task is None else task.eos_token_id)
+    if task is not None:
+        check("task", task.vocab_size, task.vocab_size == fill, f"one with the dataset's vocabulary of {fill}")
+    episodes = list(found.iterate_episodes())
+    prompts = [episode.observations[0][episode.observations[0] != fill] for episode in episodes]
+    responses = [episode.actions.tolist() for episode in episodes]
+    tokens, prompt_lengths, mask = pad_responses(prompts, responses, torch.device("cpu"))
+    unknown = torch.where(mask, torch.nan, 0.0)
+    rollout = Rollout(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        action_mask=mask,
+        logprobs=unknown,
+        rewards=unknown,
+        scores=torch.tensor([_last(episode.infos, "score") for episode in episodes], dtype=torch.float32),
+        stopped=torch.tensor([response[-1] == eos for response in responses]),
+        rows=[_read_row(metadata) for metadata in found.storage.get_episode_metadata(found.episode_indices)],
+        completions=[] if task is None else task.decode(responses),
+    )
+    rollout.rewards = rollout.spread(_flat([episode.rewards for episode in episodes]))
+    for name, column in (("logprobs", "logprob"), ("ref_logprobs", "ref_logprob")):
+        if all(episode.infos and column in episode.infos for episode in episodes):
+            setattr(rollout, name, rollout.spread(_flat([e.infos[column][-len(e):] for e in episodes])))
+    return on_device(rollout, torch.device(device))
+
+
+Logged = "Rollout | MinariDataset | str | Path | Sequence[Mapping[str, Any]]"
+"""Whatever holds logged episodes; a `datasets.Dataset` is a sequence of rows too."""
+
+
+def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
+    """Logged episodes from wherever they are.
+
+    Args:
+        source: a `Rollout`, a Minari dataset, its id or folder, or rows with "prompt" and "completion" (text) or
+            "completion_ids", and, where they are known, "score" (else the task is asked) and "logprobs" (a list).
+        task: what was played.
+        device: where the tensors go.
+
+    Raises:
+        ValueError: for anything else, naming the row.
+    """
+    if isinstance(source, Rollout):
+        return on_device(source, device)
+    if isinstance(source, (str, Path)) or type(source).__name__ == "MinariDataset":
+        return read_episodes(source, task, device)
+    rows = list(source)
+    check("dataset", rows, len(rows) > 0, "episodes, at least one")
+    responses = []
+    for i, row in enumerate(rows):
+        ids, text = row.get("completion_ids"), row.get("completion")
+        if not isinstance(row.get("prompt"), str) or (ids is None and not isinstance(text, str)):
+            raise ValueError(
+                f'dataset row {i} must have a text under "prompt" and one under "completion", or token ids under'
+                f' "completion_ids"; got {shorten(row)}'
+            )
+        responses.append(encode_response(task, row["prompt"], str(text))[1] if ids is None else [int(x) for x in ids])
+    rollout = given_rollout(task, [task.encode(row).tolist() for row in rows], responses, torch.device("cpu"), rows)
+    rollout.completions = task.decode(responses)
+    scores = [row["score"] for row in rows] if "score" in rows[0] else task.evaluate(rows, responses).totals
+    rollout.scores = torch.tensor(np.asarray(scores), dtype=torch.float32)
+    if "logprobs" in rows[0]:
+        rollout.logprobs = rollout.spread(_flat([row["logprobs"] for row in rows]))
+    return on_device(rollout, device)
+
+
+def on_device(rollout: Rollout, device: torch.device) -> Rollout:
+    """A rollout whose tensors are on a device."""
+    moved = {key: value.to(device) for key, value in vars(rollout).items() if isinstance(value, Tensor)}
+    return Rollout(**{**vars(rollout), **moved})
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _minari() -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(
+            f"logged episodes need Minari ({error}): pip install 'gymnasium-textrl[offline]'"
+        ) from None
+    return minari
+
+
+def _folder(dataset: str | Path) -> Path:
+    """Where a dataset lies: a folder, or Minari's place for an id, which ends in a version."""
+    _minari()
+    from minari.storage import get_dataset_path
+
+    if isinstance(dataset, str) and re.fullmatch(r"\w[\w/.-]*-v\d+", dataset):
+        return Path(get_dataset_path(dataset))
+    return Path(dataset)
+
+
+def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
+    minari, base, folder = _minari(), base_env(env), _folder(dataset)
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.namespace import create_namespace, list_local_namespaces
+
+    if (folder / "data").exists():
+        raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
+    namespace = os.path.dirname(dataset) if isinstance(dataset, str) and folder != Path(dataset) else ""
+    if namespace and namespace not in list_local_namespaces():
+        create_namespace(namespace)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = env.spec if isinstance(env, gym.Env) else None
+    try:
+        spec = None if spec is None else gym.envs.registration.EnvSpec.from_json(spec.to_json())
+    except (TypeError, ValueError):  # a spec that holds a model cannot be written
+        spec = None
+    storage = MinariStorage.new(
+        folder / "data",
+        observation_space=observation_space(base.task),
+        action_space=gym.spaces.Discrete(base.task.vocab_size),
+        env_spec=spec,
+        jpeg_encoding=False,
+    )
+    name = dataset if folder != Path(dataset) else folder.name
+    facts = {
+        "kl_coef": base.kl_coef,
+        "temperature": base.temperature,
+        "eos_token_id": base.task.eos_token_id,
+        "max_prompt_tokens": base.task.max_prompt_tokens,
+    }
+    storage.update_metadata(
+        {"dataset_id": str(name), "minari_version": minari.__version__, "algorithm_name": algorithm, "textrl": facts}
+    )
+    return storage
+
+
+def _actor(env: AnyEnv, stepper: StepwiseLM, temperature: float, generator: torch.Generator) -> Act:
+    """Draws from the stepper's logits, inside the environment's action masks where it has any."""
+    base = base_env(env)
+    masked = type(base.task).allowed_tokens is not Task.allowed_tokens
+
+    def act(
+        observations: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
+        logits = stepper(observations)
+        masks = np.atleast_2d(base.action_masks()) if masked else None
+        forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
+        uniforms = torch.rand(len(observations), generator=generator).to(logits.device)
+        tokens, logprobs = draw(logits, uniforms, Sampling(temperature), forbidden)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+
+    return act
+
+
+def _buffers(rollout: Rollout, task: Task) -> Iterator[Any]:
+    """The episodes as Minari writes them."""
+    from minari.data_collector import EpisodeBuffer
+
+    space = observation_space(task)
+    moved = on_device(rollout, torch.device("cpu"))
+    starts, lengths = moved.prompt_lengths.tolist(), moved.response_lengths.tolist()
+    columns = {"logprob": moved.logprobs.numpy()}
+    if moved.ref_logprobs is not None:
+        columns["ref_logprob"] = moved.ref_logprobs.numpy()
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens = moved.tokens[i, : start + length].numpy()
+        observations = np.full((length + 1, *space.shape), task.vocab_size, dtype=np.int64)  # (n + 1, L)
+        for t in range(length + 1):
+            observations[t, : start + t] = tokens[: start + t]
+        ended = np.arange(length) == length - 1
+        infos = {name: np.concatenate([[np.float32(0)], values[i, :length]]) for name, values in columns.items()}
+        infos["score"] = np.full(length + 1, np.nan, dtype=np.float32)
+        infos["score"][-1] = moved.scores[i]
+        yield EpisodeBuffer(
+            options={"row": json.dumps(moved.rows[i], default=str)},
+            observations=observations,
+            actions=tokens[start:],
+            rewards=moved.rewards[i, :length].numpy(),
+            terminations=ended,
+            truncations=np.zeros(length, dtype=np.bool_),
+            infos=infos,
+        )
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def _read_row(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The task's row in an episode's metadata; without one, what the episode holds has no row."""
+    row = metadata.get("options", {}).get("row")
+    return {} if row is None else dict(json.loads(row))
+
+
+def _last(infos: Mapping[str, Any] | None, name: str) -> float:
+    return float(infos[name][-1]) if infos and name in infos else float("nan")
+
+
+def _flat(parts: Sequence[Any]) -> Tensor:
+    """Numbers of all episodes one after the other: (n,) float32."""
+    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.float32) for part in parts]))
