@@ -48,7 +48,7 @@ class Text(Task):
         max_prompt_tokens: int | None = None,
     ) -> None:
         if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
-            raise ValueError(f"prompts must be a list of texts or a dataset with a prompt column; got {shorten(prompts)}")
+            raise ValueError(f"prompts must be a list of texts or a dataset of them; got {shorten(prompts)}")
         if not callable(reward):
             raise ValueError(f"reward must be a function of prompts and completions; got {shorten(reward)}")
         names = getattr(prompts, "column_names", None)
@@ -68,7 +68,6 @@ class Text(Task):
     def prompts(self) -> list[Row]:
         """The rows, in order."""
         return [{"prompt": row} if isinstance(row, str) else dict(row) for row in self._prompts]
-
 
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
         """What `reward` says."""

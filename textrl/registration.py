@@ -14,9 +14,20 @@ from .task import Task
 from .vector import TextVectorEnv
 
 BUILT_IN = {
+    "textrl/Bandit-v0": "textrl.envs.bandit:Bandit",
     "textrl/Copy-v0": "textrl.envs.copy:Copy",
+    "textrl/Reverse-v0": "textrl.envs.reverse:Reverse",
     "textrl/Vowels-v0": "textrl.envs.vowels:Vowels",
+    "textrl/Increasing-v0": "textrl.envs.increasing:Increasing",
+    "textrl/Brackets-v0": "textrl.envs.brackets:Brackets",
+    "textrl/Arithmetic-v0": "textrl.envs.arithmetic:Arithmetic",
+    "textrl/Stop-v0": "textrl.envs.stop:Stop",
+    "textrl/RandomWalk-v0": "textrl.envs.random_walk:RandomWalk",
+    "textrl/ProxyGold-v0": "textrl.envs.proxy_gold:ProxyGold",
+    "textrl/Refusal-v0": "textrl.envs.refusal:Refusal",
+    "textrl/Dice-v0": "textrl.envs.dice:Dice",
     "textrl/Text-v0": "textrl.envs.text:Text",
+    "textrl/Reviews-v0": "textrl.envs.reviews:Reviews",
 }
 """Adding an environment is one file in envs/ and one line here."""
 

@@ -65,8 +65,8 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
     for i, values in enumerate(given):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(completion_ids[i]):
             raise ValueError(
-                f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion; got {shorten(values)}"
-                f" for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
+                f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion;"
+                f" got {shorten(values)} for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
             )
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
     return Scores(np.array([values.sum() for values in tokens]), tokens)
