@@ -158,8 +158,7 @@ class DPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a batch of pairs."""
-        left = self.progress_remaining / max(self.config.cooldown, 1e-9)
-        self.optimizer.learning_rate = self.learning_rate * min(1.0, left)
+        self.cool_down(self.config.cooldown)
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
         return {f"train/{key}": value for key, value in numbers.items()}
 

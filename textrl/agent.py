@@ -282,6 +282,11 @@ class Agent:
         out["grad_norm"] = self.optimizer.step()
         return out
 
+    def cool_down(self, share: float) -> None:
+        """Sets the step size of an update: constant, and falling linearly to zero over the last `share` of `learn`."""
+        left = self.progress_remaining / share if share > 0 else 1.0
+        self.optimizer.learning_rate = self.learning_rate * min(1.0, left)
+
     def shuffled(self, size: int, parts: int) -> list[Tensor]:
         """`parts` random minibatches of the indices below `size`, each on the device."""
         order = torch.randperm(size, generator=self.generator).to(self.device)

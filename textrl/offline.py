@@ -90,3 +90,11 @@ class Epochs:
             self._order = torch.cat([self._order, torch.randperm(self.size, generator=self.generator)])
         taken, self._order = self._order[:count], self._order[count:]
         return taken
+
+
+def prompt_groups(rollout: Rollout) -> Tensor:
+    """Which prompt each episode has, by its tokens: (B,) int64, the same number for the same prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    tokens, lengths = rollout.tokens.tolist(), rollout.prompt_lengths.tolist()
+    found = [numbers.setdefault(tuple(row[:n]), len(numbers)) for row, n in zip(tokens, lengths, strict=True)]
+    return torch.tensor(found, device=rollout.tokens.device)

@@ -1,0 +1,90 @@
+"""BestOfN: no learning; n samples of the model, and the one with the highest score (Stiennon 2020, section 4.3).
+
+    y = argmax_i score(x, y_i),  y_i ~ pi,  i = 1..n            KL(y || pi) <= log n - (n - 1) / n     (Beirami 2024)
+
+What another agent has to beat at the same KL. The bound holds for every model and score, and is nearly met while n
+is small against the number of likely responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from textrl.agent import Agent, AgentConfig, check, is_bare
+from textrl.rollout import Rollout, sample_episodes
+from textrl.task import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNConfig(AgentConfig):
+    """Settings of best-of-n sampling."""
+
+    n: int = 16  # samples of each prompt
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        check("n", self.n, self.n >= 1, "at least 1")
+
+
+def kl_bound(n: int) -> float:
+    """The bound log n - (n - 1) / n: no best of n samples is further than this from the model, in nats."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_groups(scores: Tensor, n: int) -> Tensor:
+    """The index of the highest score of each n next to each other, the first of ties: (B n,) -> (B,)."""
+    groups = scores.view(-1, n)
+    return groups.argmax(1) + torch.arange(len(groups), device=scores.device) * n
+
+
+class BestOfN(Agent):
+    """The best of n samples, by the task's score.
+
+    `generate` and `best` give it; `act` and `predict`, which say one token at a time, are the model's own.
+    """
+
+    config: BestOfNConfig
+    config_class: ClassVar[type[AgentConfig]] = BestOfNConfig
+
+    def best(self, rows: Sequence[Row]) -> Rollout:
+        """The best of n responses to each row: B episodes. Their log-probabilities are the model's, for one sample."""
+        check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
+        repeated = [row for row in rows for _ in range(self.config.n)]
+        samples = sample_episodes(self.base, self.policy, repeated, generator=self.generator)
+        return samples.select(best_of_groups(samples.scores, self.config.n))
+
+    def collect(self) -> Rollout:
+        """The best of n responses to each of `batch_size` prompts of the task."""
+        best = self.best([self.task.sample(self.rng) for _ in range(self.config.batch_size)])
+        return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Learns nothing; says how far from the model the best of n is at most."""
+        return {"train/kl_bound": kl_bound(self.config.n)}
+
+    def generate(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        deterministic: bool = False,
+    ) -> list[str]:
+        """The best response to each prompt, sampled as the environment does; other arguments must be left alone.
+
+        A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
+        """
+        given = (max_new_tokens, temperature, top_k, top_p, deterministic)
+        check("arguments beside prompts", given, given == (None, None, 0, 1.0, False), "left alone for BestOfN")
+        check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
+        known = {row["prompt"]: row for row in self.task.rows or []}
+        return self.best([known.get(prompt, {"prompt": prompt}) for prompt in prompts]).completions

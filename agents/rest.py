@@ -1,0 +1,98 @@
+"""ReST: reinforced self-training: grow a batch of samples, keep the good ones, fit them, again (Gulcehre 2023).
+
+    grow      y ~ mu = pi as it is, R = score - kl_coef * (log mu - log pi_ref)
+    improve   for each of a few rising thresholds tau: keep y with probability min(1, exp((R - tau) / kl_coef)),
+              loss = -mean log pi(y_t | x, y_<t) over what was kept
+
+Without a KL penalty the filter is hard, R >= tau, as in the paper. With one it is rejection sampling (Liu 2024, RSO):
+mu exp(R / kl_coef) is pi_ref exp(score / kl_coef), so that for a high threshold the samples kept are those of the
+optimum, and at the optimum R is the same for every response and all are kept: it is where the iteration rests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from textrl.agent import Agent, AgentConfig, check, is_bare
+from textrl.offline import prompt_groups
+from textrl.returns import masked_mean
+from textrl.rollout import Rollout, collect_sampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReSTConfig(AgentConfig):
+    """Settings of ReST."""
+
+    batch_size: int = 64  # episodes a step of the fit
+    grow_batches: int = 8  # so many batches are sampled at once
+    group_size: int = 8  # samples of each prompt: thresholds are quantiles within a prompt
+    quantiles: tuple[float, ...] = (0.5, 0.7, 0.9)  # of the returns: the thresholds of the improve steps, rising
+    epochs: int = 1  # passes over what each threshold kept
+    cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        for name in ("grow_batches", "group_size", "epochs"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        rising = [0.0, *self.quantiles, 1.0]
+        check("quantiles", self.quantiles, len(rising) > 2 and rising == sorted(rising), "rising numbers from 0 to 1")
+        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
+
+
+def keep_probabilities(returns: Tensor, groups: Tensor, quantile: float, kl_coef: float) -> Tensor:
+    """min(1, exp((R - tau) / kl_coef)), or R >= tau without a penalty; tau is each prompt's quantile: (B,) -> (B,)."""
+    kept = torch.zeros(len(returns), device=returns.device)
+    for group in set(groups.tolist()):
+        members = (groups == group).nonzero()[:, 0]
+        above = returns[members] - returns[members].quantile(quantile, interpolation="higher")
+        kept[members] = (above >= 0).float() if kl_coef == 0 else (above / kl_coef).clamp(max=0).exp()
+    return kept
+
+
+class ReST(Agent):
+    """Samples, filters and fits by turns."""
+
+    config: ReSTConfig
+    config_class: ClassVar[type[AgentConfig]] = ReSTConfig
+
+    def collect(self) -> Rollout:
+        """Grow: `grow_batches * batch_size` fresh episodes, `group_size` for each prompt."""
+        check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
+        groups = max(1, self.config.grow_batches * self.config.batch_size // self.config.group_size)
+        return collect_sampled(
+            self.base,
+            self.policy,
+            groups * self.config.group_size,
+            rng=self.rng,
+            generator=self.generator,
+            group_size=self.config.group_size,
+            tokens_at_once=self.config.max_tokens_per_microbatch,
+        )
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Improve: fits what each of the rising thresholds keeps."""
+        self.cool_down(self.config.cooldown)
+        returns, groups = rollout.rewards.sum(1), prompt_groups(rollout)
+        rollout = replace(rollout, group_size=1)
+        steps: list[dict[str, float]] = []
+        kept = 0
+        for quantile in self.config.quantiles:
+            keep = keep_probabilities(returns, groups, quantile, self.base.kl_coef)
+            uniforms = torch.rand(len(keep), generator=self.generator).to(keep.device)
+            chosen = (uniforms < keep).nonzero()[:, 0]
+            kept += len(chosen)
+            for _ in range(self.config.epochs):
+                for part in self.shuffled(len(chosen), -(-len(chosen) // self.config.batch_size)):
+                    steps.append(self.minimise(self._loss, rollout.select(chosen[part])))
+        numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        numbers["kept"] = kept / (len(rollout) * len(self.config.quantiles))
+        return {f"train/{key}": value for key, value in numbers.items()}
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of the episodes that were kept."""
+        return masked_mean(-self.logprobs(batch), batch.action_mask), {}
