@@ -1,0 +1,155 @@
+"""Off-policy estimators against the exact value, and against numbers worked by hand."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import textrl
+from textrl.exact import evaluate_exact
+from textrl.ope import estimators, ope, token_means
+from textrl.policy import CausalPolicy, small_model
+from textrl.rollout import Rollout, collect_sampled
+from textrl.task import symbol_tokenizer
+
+NAMES = ("is", "wis", "pdis", "dr")
+
+
+class Count(textrl.Task):
+    """How many of the letters are "a", and half a point for stopping early; from two prompts."""
+
+    def __init__(self) -> None:
+        super().__init__(tokenizer=symbol_tokenizer("abc"), max_new_tokens=3)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": ""}, {"prompt": "b"}]
+
+    def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [text.count("a") + 0.5 * (len(text) < 3) for text in completions]
+
+
+def louder(model: Any, scale: float) -> Any:
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return changed
+
+
+def sample(env: textrl.TextEnv, model: Any, episodes: int, seed: int) -> Rollout:
+    return collect_sampled(
+        env,
+        CausalPolicy(model, env.task.vocab_size, env.temperature),
+        episodes,
+        rng=np.random.default_rng(seed),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_estimates_are_unbiased_within_their_standard_error(penalised: bool) -> None:
+    task = Count()
+    logged, other, reference = (louder(small_model(4, 8, seed), 5.0) for seed in (1, 2, 3))
+    env = textrl.TextEnv(task, reference=reference, kl_coef=0.2, temperature=1.5)
+    exact = evaluate_exact(task, other, reference, 0.2, temperature=1.5)
+    truth = exact.objective if penalised else exact.score
+    started = evaluate_exact(task, logged, reference, 0.2, temperature=1.5)
+    assert abs(truth - (started.objective if penalised else started.score)) > 0.03  # there is something to tell
+    found = [ope(sample(env, logged, 400, seed), other, env, penalised=penalised) for seed in range(12)]
+    for name in NAMES:
+        values = np.array([each.estimates[name].value for each in found])
+        errors = np.array([each.estimates[name].std_error for each in found])
+        assert abs(values.mean() - truth) < 3.5 * values.std(ddof=1) / len(values) ** 0.5, name
+        assert 0.5 < values.std(ddof=1) / errors.mean() < 2, name  # the standard error says how far they scatter
+        covered = [each.estimates[name].low < truth < each.estimates[name].high for each in found]
+        assert sum(covered) >= 9, name
+    assert all(1 < each.effective_sample_size < 400 for each in found)
+
+
+def test_the_logged_policy_evaluates_to_its_own_mean() -> None:
+    task, model = Count(), louder(small_model(4, 8, 1), 5.0)
+    env = textrl.TextEnv(task)
+    rollout = sample(env, model, 200, 0)
+    found = ope(rollout, model, env)
+    for name in ("is", "wis", "pdis"):
+        assert found.estimates[name].value == pytest.approx(float(rollout.scores.mean()), abs=1e-4)
+    assert found.effective_sample_size == pytest.approx(200, abs=1e-2)
+    assert found.logged == pytest.approx(float(rollout.scores.mean()), abs=1e-5)
+    assert found.can_tell
+
+
+def test_doubly_robust_with_the_true_values_has_only_the_variance_of_the_prompts() -> None:
+    task = Count()
+    logged, other = louder(small_model(4, 8, 1), 4.0), louder(small_model(4, 8, 2), 4.0)
+    env = textrl.TextEnv(task)
+    policy = CausalPolicy(other, 4)
+
+    def value(prompt: list[int], response: list[int]) -> float:
+        """The exact value of the other policy after these tokens."""
+        if response and (response[-1] == 0 or len(response) == 3):
+            return task.score([""], task.decode([response]))[0]
+        tokens = torch.tensor([[*prompt, *response]])
+        place = torch.tensor([tokens.shape[1] - 1])
+        p = policy.logits(policy.hidden(tokens, torch.tensor([0]), place))[0].softmax(-1)
+        return sum(float(p[a]) * value(prompt, [*response, a]) for a in range(4))
+
+    @torch.no_grad()
+    def true_q(rollout: Rollout) -> torch.Tensor:
+        out = torch.zeros(*rollout.action_mask.shape, 4)
+        for b, t in rollout.action_mask.nonzero().tolist():
+            prompt = rollout.tokens[b, : rollout.prompt_lengths[b]].tolist()
+            before = rollout.responses[b, :t].tolist()
+            out[b, t] = torch.tensor([value(prompt, [*before, a]) for a in range(4)])
+        return out
+
+    rollout = sample(env, logged, 24, 5)
+    found = ope(rollout, other, env, q=true_q)
+    with torch.no_grad():
+        expected = np.mean([value(row, []) for row in [r[:n] for r, n in zip(
+            rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)]])
+    assert found.estimates["dr"].value == pytest.approx(expected, abs=1e-4)
+    assert found.estimates["dr"].std_error < 0.2 * found.estimates["is"].std_error
+
+
+def test_estimators_by_hand() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    rewards = torch.tensor([[1.0, 2.0], [4.0, 0.0]]).double()
+    weights = torch.tensor([[0.5, 2.0], [1.0, 1.0]]).double()
+    q, v = torch.tensor([[1.0, 3.0], [2.0, 9.0]]).double(), torch.tensor([[2.0, 1.0], [1.0, 9.0]]).double()
+    found = {name: parts.tolist() for name, parts in estimators(rewards, weights, mask, q, v).items()}
+    assert found["is"] == [2.0 * 3.0, 1.0 * 4.0]
+    assert np.mean(found["wis"]) == pytest.approx((2 * 3 + 1 * 4) / 3)
+    assert found["pdis"] == [0.5 * 1 + 2 * 2, 4.0]
+    # 4.5 - (0.5 * 1 - 1 * 2) - (2 * 3 - 0.5 * 1) = 0.5;  4 - (1 * 2 - 1 * 1) = 3
+    assert found["dr"] == [0.5, 3.0]
+
+
+def test_token_means_by_hand() -> None:
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+    rewards = torch.tensor([[1.0, 2.0], [4.0, 0.0], [5.0, 0.0]]).double()
+    table = token_means(rewards, torch.tensor([[1, 0], [1, 0], [0, 0]]), mask, 3)
+    # at place 0: returns 3 and 4 after token 1, 5 after token 0, mean 4; one pseudo-observation of the mean each
+    assert table.tolist() == [[(5 + 4) / 2, (3 + 4 + 4) / 3, 4.0], [2.0, 2.0, 2.0]]
+
+
+def test_a_batch_that_cannot_tell_says_so() -> None:
+    task = Count()
+    logged, other = louder(small_model(4, 8, 1), 12.0), louder(small_model(4, 8, 2), 12.0)
+    env = textrl.TextEnv(task)
+    found = ope(sample(env, logged, 60, 0), other, env)
+    assert found.effective_sample_size < 30 and not found.can_tell
+    assert 1 / 60 < found.largest_weight <= 1
+
+
+def test_what_is_missing_is_named() -> None:
+    task, model = Count(), small_model(4, 8, 1)
+    env = textrl.TextEnv(task)
+    with pytest.raises(ValueError, match="episodes with logprobs"):
+        ope([{"prompt": "", "completion": "ab"}] * 4, model, env)
+    with pytest.raises(ValueError, match="at least 4 episodes"):
+        ope(sample(env, model, 3, 0), model, env)
+    with pytest.raises(ValueError, match="penalised must be False without a reference"):
+        ope(sample(env, model, 4, 0), model, env, penalised=True)

@@ -1,0 +1,212 @@
+"""Off-policy evaluation: what another policy would score, from a logged batch alone, and whether the batch can tell.
+
+With mu the policy that was logged, pi the one to evaluate, w_t = prod_{k <= t} pi(a_k | s_k) / mu(a_k | s_k), w = w_T,
+and G the return:
+
+    is      mean_i w_i G_i                                                     (importance sampling; Precup 2000)
+    wis     sum_i w_i G_i / sum_i w_i                                          (weighted: biased, consistent, calmer)
+    pdis    mean_i sum_t w_it r_it                                             (per decision; Precup 2000)
+    dr      mean_i sum_t [w_it r_it - (w_it Q(s_it, a_it) - w_i,t-1 V(s_it))]  (doubly robust; Jiang 2016)
+
+Q is any estimate, V(s) = sum_a pi(a | s) Q(s, a): "dr" is unbiased whatever Q is, and the calmer the better Q is. The
+effective sample size, (sum w)^2 / sum w^2, says how many of the episodes count: where it is small, a batch
+cannot tell, whatever the intervals say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .agent import Agent, AnyEnv, base_env, check
+from .episodes import as_episodes
+from .policy import CausalPolicy, load_model
+from .returns import discounted_returns
+from .rollout import Rollout, batched_logprobs, microbatches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from minari import MinariDataset
+    from transformers import PreTrainedModel
+
+FEW = 30
+"""Fewer effective episodes than this cannot tell."""
+TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One estimator's answer.
+
+    Attributes:
+        value: of the mean return.
+        std_error: its standard error.
+        low: lower end of the confidence interval.
+        high: upper end.
+    """
+
+    value: float
+    std_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class OffPolicyEvaluation:
+    """What a logged batch says about another policy.
+
+    Attributes:
+        estimates: by name: "is", "wis", "pdis" and "dr".
+        effective_sample_size: how many of the episodes count, from 1 to `episodes`.
+        largest_weight: the share of the largest weight in their sum.
+        episodes: in the batch.
+        logged: the mean return of the policy that was logged, on the batch.
+    """
+
+    estimates: dict[str, Estimate]
+    effective_sample_size: float
+    largest_weight: float
+    episodes: int
+    logged: float
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether enough episodes count (30) for the intervals to mean something."""
+        return self.effective_sample_size >= FEW
+
+
+def ope(
+    dataset: Rollout | MinariDataset | str | Path | Sequence[Mapping[str, Any]],
+    model: Agent | PreTrainedModel | str | Path,
+    env: AnyEnv,
+    *,
+    penalised: bool = False,
+    q: Callable[[Rollout], Tensor] | None = None,
+    confidence: float = 0.95,
+) -> OffPolicyEvaluation:
+    """Evaluates a policy on logged episodes, without a step in the environment.
+
+    Args:
+        dataset: episodes with scores and logged log-probabilities, as `episodes.collect` writes them, or a `Rollout`.
+        model: the policy: an agent, a language model, its folder or name.
+        env: whose task, temperature, reference and KL coefficient hold.
+        penalised: evaluates score - kl_coef * KL(pi || pi_ref) in place of the score.
+        q: for "dr", a rollout -> estimates of Q(s_t, .), (B, T, V). Default: the mean return of each token at each
+            place, from the half of the batch that the episode is not in, so that "dr" stays unbiased.
+        confidence: of the intervals, which take the estimates to be normal.
+
+    Raises:
+        ValueError: for episodes without log-probabilities or scores, or fewer than four.
+    """
+    check("confidence", confidence, 0 < confidence < 1, "above 0 and below 1")
+    base = base_env(env)
+    lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
+    policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
+    logged = as_episodes(dataset, base.task, policy.device)
+    check("dataset", f"{len(logged)} episodes", len(logged) >= 4, "at least 4 episodes")
+    for name in ("logprobs", "scores"):
+        known = not bool(getattr(logged, name).isnan().any())
+        check("dataset", f"episodes without {name}", known, f"episodes with {name}")
+    mask = logged.action_mask
+    new = batched_logprobs(policy, logged, TOKENS_AT_ONCE, masked=True).double()
+    rewards = torch.zeros_like(new)
+    rewards.scatter_(1, logged.response_lengths[:, None] - 1, logged.scores.double()[:, None])
+    old_rewards = rewards.clone()
+    if penalised:
+        check("penalised", penalised, base.reference is not None, "False without a reference")
+        assert base.reference is not None
+        reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
+        ref = batched_logprobs(reference, logged, TOKENS_AT_ONCE).double()
+        rewards -= base.kl_coef * (new - ref) * mask
+        old_rewards -= base.kl_coef * (logged.logprobs.double() - ref) * mask
+    weights = ((new - logged.logprobs.double()) * mask).cumsum(1).exp()  # (B, T)
+    chosen, states = _q_and_v(policy, logged, rewards, q)
+    values = estimators(rewards, weights, mask, chosen, states)
+    spread = NormalDist().inv_cdf(0.5 + confidence / 2)
+    estimates = {}
+    for name, parts in values.items():
+        error = float(parts.std() / len(parts) ** 0.5)
+        value = float(parts.mean())
+        estimates[name] = Estimate(value, error, value - spread * error, value + spread * error)
+    whole = weights[:, -1]
+    return OffPolicyEvaluation(
+        estimates,
+        float(whole.sum() ** 2 / (whole**2).sum()),
+        float(whole.max() / whole.sum()),
+        len(logged),
+        float(old_rewards.sum(1).mean()),
+    )
+
+
+def estimators(rewards: Tensor, weights: Tensor, mask: Tensor, q: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """The estimators, each as B numbers whose mean is the estimate.
+
+    For "wis" they are v + w_i (G_i - v) / mean w with v the estimate, whose deviations give the standard error by the
+    delta method.
+
+    Args:
+        rewards: (B, T).
+        weights: (B, T), w_t; past the end of a response its last.
+        mask: (B, T) bool.
+        q: (B, T), Q of what was done.
+        v: (B, T), V of where it was done.
+    """
+    returns, whole = (rewards * mask).sum(1), weights[:, -1]
+    before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], 1)
+    weighted = (whole * returns).sum() / whole.sum()
+    return {
+        "is": whole * returns,
+        "wis": weighted + whole * (returns - weighted) / whole.mean(),
+        "pdis": (weights * rewards * mask).sum(1),
+        "dr": ((weights * rewards - (weights * q - before * v)) * mask).sum(1),
+    }
+
+
+def token_means(rewards: Tensor, tokens: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
+    """The mean return-to-go after each token at each place, drawn to the place's mean as if by one more: (T, V)."""
+    returns = discounted_returns(rewards, mask)
+    steps = mask.shape[1]
+    places = torch.arange(steps, device=mask.device).expand_as(tokens)[mask]
+    counts = torch.zeros(steps, vocab_size, dtype=torch.float64, device=mask.device)
+    sums = torch.zeros_like(counts)
+    counts.index_put_((places, tokens[mask]), torch.ones_like(returns[mask]), accumulate=True)
+    sums.index_put_((places, tokens[mask]), returns[mask], accumulate=True)
+    means = sums.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    return (sums + means) / (counts + 1)
+
+
+@torch.no_grad()
+def _q_and_v(
+    policy: CausalPolicy, logged: Rollout, rewards: Tensor, q: Callable[[Rollout], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Q of each token taken and V of the state it was taken in, under the policy: (B, T) twice."""
+    responses, half = logged.responses, torch.arange(len(logged), device=logged.tokens.device) % 2
+    tables = []
+    for side in (0, 1):  # each half's Q comes from the other
+        other = half != side
+        tables.append(token_means(rewards[other], responses[other], logged.action_mask[other], policy.vocab_size))
+    both = torch.stack(tables)  # (2, T, V)
+    chosen, states = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for part in microbatches(logged, TOKENS_AT_ONCE):
+        batch = logged.select(part)
+        rows, columns, targets = batch.places()
+        steps = columns + 1 - batch.prompt_lengths[rows]
+        if q is None:
+            values = both[half[part][rows], steps]  # (n, V)
+        else:
+            values = q(batch)[rows, steps].double()
+        logits = policy.logits(policy.hidden(batch.tokens, rows, columns)).double() / policy.temperature
+        if batch.allowed is not None:
+            logits = logits.masked_fill(~batch.allowed[batch.action_mask], -torch.inf)
+        width = batch.action_mask.shape[1]
+        chosen[part, :width] = batch.spread(values.gather(1, targets[:, None])[:, 0])
+        states[part, :width] = batch.spread((logits.softmax(-1) * values).sum(-1))
+    return chosen, states
