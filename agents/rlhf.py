@@ -65,9 +65,7 @@ class RLHFConfig:
     ppo_batch_size: int = 64  # episodes an iteration
     ppo_epochs: int = 1  # passes over each batch
     ppo_learning_rate: float = 4e-4  # step size of policy and critic
-    kl_coef: float = 0.03  # weight of the KL penalty at the start
-    kl_target: float = 8.0  # KL per response, in nats, that the coefficient steers to
-    kl_horizon: float = 1000.0  # episodes over which the coefficient may change by about e^0.2
+    kl_coef: float = 0.05  # weight of the KL penalty
     eval_episodes: int = 256  # held-out openings for the report
     eval_pairs: int = 1000  # held-out pairs for the report
 
@@ -244,7 +242,9 @@ class _Run:
     def ppo(self, folder: Path) -> None:
         """Step 3: PPO on openings that the report does not use."""
         config, sft, scorer = self.config, self.load("sft"), self.scorer()
-        prompts = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
+        held_out = set(openings(self.sentences("test"), config.opening_words)["prompt"])
+        known = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
+        prompts = [prompt for prompt in known if prompt not in held_out]
         agent = PPO(
             self.env(prompts, scorer, sft, config.max_new_tokens),
             copy.deepcopy(sft),
@@ -253,8 +253,6 @@ class _Run:
             batch_size=config.ppo_batch_size,
             epochs=config.ppo_epochs,
             minibatches=2,
-            kl_target=config.kl_target,
-            kl_horizon=config.kl_horizon,
             **self.shared(),
         )
         agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / "logs" / "ppo", progress_bar=True)

@@ -1,0 +1,219 @@
+"""`Agent`: the loop, stepping against sampling, saving, and what a user gets wrong."""
+
+import csv
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TransformReward
+
+import textrl
+from textrl.agents import PPO, REINFORCE
+from textrl.policy import small_model
+from textrl.returns import masked_mean
+
+ID = "textrl/Copy-v0"
+
+
+class Mean(textrl.Agent):
+    """An agent of one's own: one method."""
+
+    def update(self, rollout):
+        rollout.advantages = rollout.rewards.sum(1, keepdim=True).expand_as(rollout.rewards) - rollout.scores.mean()
+
+        def loss(batch):
+            return masked_mean(-batch.advantages * self.logprobs(batch), batch.action_mask), {}
+
+        return self.minimise(loss, rollout)
+
+
+class Same(textrl.Agent):
+    """Learns nothing, keeps the rollouts."""
+
+    def update(self, rollout):
+        self.seen = [*getattr(self, "seen", []), rollout]
+        return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("cls", [PPO, REINFORCE, Mean])
+def test_agents_learn_to_copy(cls, seed):
+    env = gym.make_vec(ID, num_envs=1)
+    agent = cls(env, seed=seed, **({"learning_rate": 3e-3} if cls is Mean else {})).learn(50_000)
+    assert agent.collect().scores.mean() > 0.95
+
+
+STEPPED = {
+    "single": lambda **k: TransformReward(gym.make(ID, **k), lambda r: r),
+    "next_step": lambda **k: gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec(ID, num_envs=8, **k)),
+    "same_step": lambda **k: gym.wrappers.vector.RecordEpisodeStatistics(
+        gym.make_vec(ID, num_envs=8, autoreset_mode=AutoresetMode.SAME_STEP, **k)
+    ),
+    "disabled": lambda **k: gym.wrappers.vector.RecordEpisodeStatistics(
+        gym.make_vec(ID, num_envs=8, autoreset_mode=AutoresetMode.DISABLED, **k)
+    ),
+    "sync": lambda **k: gym.make_vec(ID, num_envs=8, vectorization_mode="sync", **k),
+}
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_a_wrapped_env_is_stepped_and_gives_what_sampling_would(kind):
+    """Every number of a stepped rollout is that of the model on the same tokens."""
+    model, reference = small_model(4, 16, 1), small_model(4, 16, 2)
+    env = STEPPED[kind](reference=reference, kl_coef=0.3)
+    agent = Same(env, model, batch_size=24)
+    rollout = agent.collect()
+    assert len(rollout) == 24
+    assert len({row["prompt"] for row in rollout.rows}) > 5
+    rows, columns, targets = rollout.places()
+    logp, ref = (m(input_ids=rollout.tokens).logits.log_softmax(-1)[rows, columns, targets] for m in (model, reference))
+    torch.testing.assert_close(rollout.logprobs[rollout.action_mask], logp.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rollout.ref_logprobs[rollout.action_mask], ref.detach(), atol=1e-5, rtol=1e-4)
+    want = rollout.spread((-0.3 * (logp - ref)).detach())
+    want.scatter_add_(1, rollout.response_lengths[:, None] - 1, rollout.scores[:, None])
+    torch.testing.assert_close(rollout.rewards, want, atol=1e-5, rtol=1e-4)
+    completions = agent.task.decode(rollout.responses[i, :n].tolist() for i, n in enumerate(rollout.response_lengths))
+    assert rollout.completions == completions
+
+
+def test_a_wrapper_that_changes_the_reward_changes_what_is_learned_from():
+    env = TransformReward(gym.make(ID), lambda r: 10 * r)
+    rollout = Same(env, batch_size=32).collect()
+    torch.testing.assert_close(rollout.rewards.sum(1), 10 * rollout.scores)
+    plain = Same(gym.make(ID), batch_size=32).collect()
+    torch.testing.assert_close(plain.rewards.sum(1), plain.scores)
+
+
+def test_short_episodes_are_not_preferred_by_stepping():
+    """Every row plays its quota: the lengths are distributed as those of whole samples."""
+    lengths = {}
+    for kind, env in {"sampled": gym.make(ID), "stepped": STEPPED["next_step"]()}.items():
+        agent = Same(env, small_model(4, 16, 0), batch_size=800)
+        lengths[kind] = agent.collect().response_lengths.float()
+    difference = lengths["sampled"].mean() - lengths["stepped"].mean()
+    error = (lengths["sampled"].var() / 800 + lengths["stepped"].var() / 800).sqrt()
+    assert difference.abs() < 3 * error
+    assert lengths["sampled"].std() > 1
+
+
+def test_learn_counts_tokens_logs_and_stops(tmp_path):
+    seen = []
+    agent = Mean(gym.make(ID), batch_size=8)
+    agent.learn(200, log_dir=tmp_path, callback=lambda a, m: seen.append((a.num_timesteps, m)) or len(seen) < 3)
+    assert len(seen) == agent.num_updates == 3
+    with (tmp_path / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["time/timesteps"]) for row in rows] == [timesteps for timesteps, _ in seen]
+    assert [float(row["rollout/score"]) for row in rows] == pytest.approx([m["rollout/score"] for _, m in seen])
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    before = agent.num_timesteps
+    agent.learn(100)
+    assert agent.num_timesteps >= before + 100
+
+
+def test_a_seed_fixes_everything():
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(runs))  # no global generator matters
+        agent = PPO(gym.make(ID), seed=seed, batch_size=16)
+        agent.learn(300)
+        runs.append(torch.cat([p.detach().flatten() for p in agent.model.parameters()]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_save_and_load(tmp_path, critic):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    env = gym.make(ID, reference=small_model(4, 16, 3), kl_coef=0.2)
+    agent = PPO(env, batch_size=16, critic=None, learning_rate=2e-3)
+    agent = PPO(env, config=type(agent.config)(batch_size=16, critic=critic, clip_coef=0.1)).learn(300)
+    agent.save(tmp_path / "run" / "final")
+    again = PPO.load(tmp_path / "run" / "final", env, clip_coef=0.3)
+    assert (again.config.clip_coef, again.config.critic, again.num_timesteps) == (0.3, critic, agent.num_timesteps)
+    for name in agent.modules:
+        for a, b in zip(agent.modules[name].parameters(), again.modules[name].parameters(), strict=True):
+            assert torch.equal(a, b)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert torch.equal(model.transformer.wte.weight, agent.model.transformer.wte.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").decode([1, 2, 0], skip_special_tokens=True) == "ab"
+    agent.save(tmp_path / "run" / "final")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["final"]
+    with pytest.raises(ValueError, match="holds a PPO, not a REINFORCE"):
+        REINFORCE.load(tmp_path / "run" / "final", env)
+    with pytest.raises(ValueError, match="agent.json"):
+        PPO.load(tmp_path, env)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds something else"):
+        agent.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_predict_is_stable_baselines3s():
+    env = gym.make(ID)
+    agent = REINFORCE(env)
+    observation, _ = env.reset(seed=0)
+    action, state = agent.predict(observation, deterministic=True)
+    assert state is None
+    assert env.action_space.contains(action)
+    logits = agent.model(input_ids=torch.from_numpy(observation[observation < 4])[None]).logits[0, -1]
+    assert action == logits.argmax()
+    actions, _ = agent.predict(np.stack([observation] * 3))
+    assert actions.shape == (3,)
+    drawn = {int(agent.predict(observation)[0]) for _ in range(60)}
+    assert drawn == {0, 1, 2, 3}
+
+
+BAD = [
+    (lambda: PPO(gym.make(ID), clip_coeff=0.1), "'clip_coeff' is not a setting of PPOConfig; did you mean 'clip_coef'"),
+    (lambda: PPO(gym.make(ID), clip_coef=2.0), r"clip_coef must be above 0 and below 1; got 2.0"),
+    (lambda: PPO(gym.make(ID), batch_size=0), r"batch_size must be at least 1; got 0"),
+    (lambda: PPO(gym.make(ID), learning_rate="fast"), r"learning_rate must be a number; got 'fast'"),
+    (lambda: PPO(gym.make(ID), learning_rate=float("nan")), r"learning_rate must be .*finite.*; got nan"),
+    (lambda: PPO(gym.make("CartPole-v1")), "env must be a textrl environment"),
+    (lambda: PPO(gym.make(ID), "/no/such/folder"), r"model '/no/such/folder' is neither a folder"),
+    (lambda: PPO(gym.make(ID), small_model(3, 16)), r"tokenizer has 4 tokens but the model's vocabulary only 3"),
+    (lambda: PPO(gym.make(ID), small_model(4, 5)), r"model reads at most 5 tokens, but .* need 8"),
+    (lambda: PPO(gym.make(ID), device="abacus"), r"device must be .*; got 'abacus'"),
+    (lambda: PPO(gym.make(ID), dtype="float8"), r"dtype must be one of .*; got 'float8'"),
+    (lambda: PPO(gym.make(ID), kl_target=3.0), r"kl_target must be None without a reference; got 3.0"),
+    (lambda: PPO(gym.make(ID)).learn(0), r"total_timesteps must be above 0; got 0"),
+    (lambda: PPO(gym.make(ID)).generate([]), r"prompts must be a list of at least one text; got \[\]"),
+    (lambda: PPO(gym.make(ID)).generate(["xyz"]), r"prompt has text that the tokenizer does not know: 'xyz'"),
+    (lambda: gym.make(ID, kl_coef=0.1), r"kl_coef=0.1 needs a reference"),
+    (lambda: gym.make("textrl/Text-v0", prompts=[]), r"prompts is empty"),
+    (lambda: gym.make("textrl/Text-v0", prompts=["ab" * 99], max_prompt_tokens=9), r"prompt is 199 tokens long, longer"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_input_is_one_line_with_name_value_and_remedy(wrong, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
+
+
+SCORES = {
+    "must return a list of 2 numbers": "great",
+    "must return 2 numbers": [1.0],
+    "must be finite; got nan .*prompt 'b'": [1.0, float("nan")],
+    "must be finite; got inf": [float("inf"), 0.0],
+    "must be a number; got 'good'": ["good", "bad"],
+    "must be a number; got None": [None, 1.0],
+    "a number for each of the": [[1.0] * 99, [1.0]],
+}
+
+
+@pytest.mark.parametrize("message", SCORES)
+def test_a_score_that_misbehaves_is_named_with_prompt_and_response(message):
+    env = gym.make(
+        "textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("ab"), prompts=["a", "b"], max_new_tokens=3,
+        reward=lambda prompts, completions: SCORES[message],
+    ).unwrapped  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        env.task.evaluate(env.task.rows, [[1, 0], [2, 2, 0]])
