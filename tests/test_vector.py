@@ -170,7 +170,8 @@ def test_arrays_are_fresh_at_every_call():
 
 
 @pytest.mark.parametrize(
-    "actions", [np.array([0.0, 1.0]), np.array([0, 4]), np.array([-1, 0]), np.array([0]), np.zeros((2, 1), int), None, "ab"]
+    "actions",
+    [np.array([0.0, 1.0]), np.array([0, 4]), np.array([-1, 0]), np.array([0]), np.zeros((2, 1), int), None, "ab"],
 )
 def test_wrong_actions_leave_the_state_as_it_was(actions):
     envs, twin = (textrl.TextVectorEnv(Copy(), 2) for _ in range(2))
@@ -249,4 +250,4 @@ def test_the_reference_reads_one_token_a_step():
     envs.step(np.array([1, 0, 1, 1]))  # row 1 ends and starts again
     envs.step(np.array([1, 1, 1, 1]))
     hook.remove()
-    assert sorted(map(tuple, sizes)) == [(1, 7), (4, 1), (4, 1)]  # a prompt of 7 tokens is read for the row that restarted
+    assert sorted(map(tuple, sizes)) == [(1, 7), (4, 1), (4, 1)]  # only the restarted row reads a prompt of 7 tokens
