@@ -7,9 +7,9 @@
 
 What differs from the paper, so that the loss has its minimum where score - kl_coef * KL has its maximum: the KL carries
 the ratio and the tokens still to come (the gradient of k3 alone is that of KL(pi_ref || pi), token by token; Tang and
-Munos 2025); the mean leaves the sample itself out (else the score counts (k - 1) / k); std is that of the whole batch and
-divides the KL as well. `scale="group"` is the paper's division by the deviation of each group, which weighs easy and
-hard prompts up (Liu 2025).
+Munos 2025); the mean leaves the sample itself out (else the score counts (k - 1) / k); std is that of the whole batch
+and divides the KL as well. `scale="group"` is the paper's division by the deviation of each group, which weighs easy
+and hard prompts up (Liu 2025).
 
 The environment's penalty is taken out of its rewards first: the KL is paid once.
 """

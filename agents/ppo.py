@@ -6,7 +6,7 @@
              - ent_coef * mean H(pi(. | s))
 
 A: advantages by GAE, whitened over the batch; R: unwhitened advantages plus old values. The score is paid at the last
-token and a KL penalty to the reference at every token (the environment's part); here the coefficient may follow a target.
+token, a KL penalty to the reference at every token (the environment's part); here its coefficient may follow a target.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     loss = -(1 / N) * sum_t (G - b) * log pi(a_t | s_t)
 
 G is the return of the whole response, the score and all KL penalties: the response counts as one action (Ahmadian
-2024). At the optimum of score - kl_coef * KL this G is the same for every response to a prompt, so that the noise of the
-gradient dies out as the policy gets there. `reward_to_go` counts from token t on instead: less noise where rewards come early.
-The baseline b takes no gradient and changes only the variance: nothing, the running mean of the returns, the mean of the
-other samples of the same prompt (leave-one-out, RLOO; Kool 2019), or a learned value of the state, which asks for
-the reward to go.
+2024). At the optimum of score - kl_coef * KL this G is the same for every response to a prompt, so the noise of the
+gradient dies out as the policy gets there. `reward_to_go` counts from token t on instead: less noise where rewards come
+early. The baseline b takes no gradient and changes only the variance: nothing, the running mean of the returns, the
+mean of the other samples of the same prompt (leave-one-out, RLOO; Kool 2019), or a learned value of the state, which
+asks for the reward to go.
 """
 
 from __future__ import annotations

@@ -36,12 +36,14 @@ class TRPOConfig(AgentConfig):
     max_kl: float = 0.01  # bound on KL(old || new), the mean over the batch's states, in nats
     cg_iterations: int = 10  # of conjugate gradient
     damping: float = 0.01  # added to F's diagonal
+    fisher_episodes: int = 64  # F is that of so many episodes of the batch at most; the bound is checked on all
     backtrack_coef: float = 0.5  # factor of the step at each try of the line search
     backtracks: int = 10  # tries
     critic_epochs: int = 4  # passes of the critic over each batch
-    minibatches: int = 4  # its steps a pass
+    minibatches: int = 2  # its steps a pass
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # lambda of GAE
+    whiten_advantages: bool = True  # to mean 0, variance 1 over the batch
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -49,7 +51,7 @@ class TRPOConfig(AgentConfig):
         check("max_kl", self.max_kl, self.max_kl > 0, "above 0")
         check("damping", self.damping, self.damping >= 0, "at least 0")
         check("backtrack_coef", self.backtrack_coef, 0 < self.backtrack_coef < 1, "above 0 and below 1")
-        for name in ("cg_iterations", "backtracks", "critic_epochs", "minibatches"):
+        for name in ("cg_iterations", "fisher_episodes", "backtracks", "critic_epochs", "minibatches"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
@@ -95,7 +97,9 @@ class TRPO(Agent):
         config, mask = self.config, rollout.action_mask
         values = batched_values(self.critic, rollout, config.max_tokens_per_microbatch)
         advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
-        rollout = replace(rollout, returns=returns, advantages=whiten(advantages, mask))
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        rollout = replace(rollout, returns=returns, advantages=advantages)
         numbers = self.step(rollout, config.max_kl * self.schedule**2)
         for _ in range(config.critic_epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):
@@ -113,8 +117,9 @@ class TRPO(Agent):
             old = [self._logits(part) for part, _ in self._parts(rollout)]  # (n, V) each
         before = parameters_to_vector(self.weights).detach().clone()
         gradient = self._surrogate_gradient(rollout)
-        direction = conjugate_gradient(lambda v: self._fisher(rollout, v), gradient, self.config.cg_iterations)
-        curvature = direction @ self._fisher(rollout, direction)
+        fisher = self._fisher(rollout)
+        direction = conjugate_gradient(fisher, gradient, self.config.cg_iterations)
+        curvature = direction @ fisher(direction)
         numbers = {"kl_old_new": 0.0, "improvement": 0.0, "step_size": 0.0, "grad_norm": float(gradient.norm())}
         if not (torch.isfinite(curvature) and curvature > 0):
             return numbers
@@ -156,16 +161,27 @@ class TRPO(Agent):
             total = total + flat(torch.autograd.grad(value, self.weights))
         return total
 
-    def _fisher(self, rollout: Rollout, vector: Tensor) -> Tensor:
-        """(F + damping) vector: the derivative of the KL's gradient along the vector."""
-        total = self.config.damping * vector
-        for batch, share in self._parts(rollout):
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                logits = self._logits(batch)
-            kl = share * full_kl(logits.detach(), logits).mean()
-            slope = flat(torch.autograd.grad(kl, self.weights, create_graph=True)) @ vector
-            total = total + flat(torch.autograd.grad(slope, self.weights))
-        return total
+    def _fisher(self, rollout: Rollout) -> Product:
+        """The product with F + damping: the derivative of the KL's gradient along a vector."""
+        chosen = self.shuffled(len(rollout), 1)[0][: self.config.fisher_episodes]
+        parts = list(self._parts(rollout.select(chosen)))
+        kept = self._kl_gradient(*parts[0]) if len(parts) == 1 else None  # one graph serves every product
+
+        def product(vector: Tensor) -> Tensor:
+            total = self.config.damping * vector
+            for part in parts:
+                slope = (self._kl_gradient(*part) if kept is None else kept) @ vector
+                total = total + flat(torch.autograd.grad(slope, self.weights, retain_graph=kept is not None))
+            return total
+
+        return product
+
+    def _kl_gradient(self, batch: Rollout, share: float) -> Tensor:
+        """The gradient of KL(old || new), differentiable once more: (p,)."""
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            logits = self._logits(batch)
+        kl = share * full_kl(logits.detach(), logits).mean()
+        return flat(torch.autograd.grad(kl, self.weights, create_graph=True))
 
     @torch.no_grad()
     def _measure(self, rollout: Rollout, old: list[Tensor]) -> tuple[float, float]:

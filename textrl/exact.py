@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
 from .env import check_penalty
-from .tabular import TabularLM, tabular_model
+from .policy import value_model
+from .tabular import TabularLM, TabularScorer, tabular_model
 from .task import Task
 
 _LOG_ZERO = -1e300  # in place of -inf, so that 0 * log 0 = 0
@@ -132,8 +133,8 @@ def solve(
         for tree in grow_trees(task, task.max_new_tokens):
             ref = ask(tree)
             value, logprobs = _soft_induction(task, tree, ref, kl_coef)
-            score, kl, _ = _induction(task, tree, logprobs, ref if reference is not None else None)
-            totals += tree.weight * torch.stack([value, score, kl])
+            own = _induction(task, tree, logprobs, ref if reference is not None else None)[0][:, 0]
+            totals += tree.weight * torch.stack([value, own[0], own[1]])
             optimal[tuple(tree.prompt.tolist())] = [level * temperature for level in logprobs]
     objective, score, kl = totals.tolist()
     return Solution(objective, score, kl, temperature, task, optimal)
@@ -202,6 +203,38 @@ def exact_gradient(
     return dict(zip(named, gradients, strict=True))
 
 
+@torch.no_grad()
+def exact_critic(
+    task: Task,
+    model: PreTrainedModel,
+    reference: AnyPolicy | None = None,
+    kl_coef: float = 0.0,
+    *,
+    temperature: float = 1.0,
+) -> TabularScorer:
+    """The right critic of a policy: a table of what is still to come at each prefix, the score less the KL's cost.
+
+    For scores that are paid at the end, and prompts of which none begins another.
+
+    Args:
+        task: as for `solve`.
+        model: the policy.
+        reference: as for `solve`.
+        kl_coef: as for `solve`.
+        temperature: as for `solve`.
+    """
+    check_penalty(reference, kl_coef, temperature)
+    scorer = value_model(tabular_model(task))
+    ask, ask_reference = asker(task, model, temperature), asker(task, reference, temperature)
+    for tree in grow_trees(task, task.max_new_tokens):
+        levels = _induction(task, tree, ask(tree), None if reference is None else ask_reference(tree))
+        for t, (score, kl, _) in enumerate(levels):
+            texts = torch.from_numpy(prefixes(task, tree.prompt, t))
+            where = scorer.tree(texts).last_hidden_state[:, -1, 0]
+            scorer.score.weight[where, 0] = (score - kl_coef * kl).float()
+    return scorer
+
+
 # ---- the recursions ------------------------------------------------------------------------------------------------
 
 
@@ -223,10 +256,11 @@ def _soft_induction(task: Task, tree: Tree, ref: list[Tensor], kl_coef: float) -
     return value[0], logprobs[::-1]
 
 
-def _induction(task: Task, tree: Tree, logprobs: list[Tensor], ref: list[Tensor] | None) -> tuple[Tensor, ...]:
-    """A policy's score, KL and entropy at the prompt, () each."""
+def _induction(task: Task, tree: Tree, logprobs: list[Tensor], ref: list[Tensor] | None) -> list[Tensor]:
+    """A policy's score, KL and entropy from each prefix on: (3, n) for each level."""
     score: Tensor | None = None
     kl = entropy = torch.zeros(0, dtype=torch.float64)
+    levels = []
     for level in reversed(range(len(logprobs))):
         logs, last = logprobs[level], score is None
         p = logs.exp()
@@ -236,8 +270,8 @@ def _induction(task: Task, tree: Tree, logprobs: list[Tensor], ref: list[Tensor]
         kl = own_kl + (p * join(task, zero, None if last else kl)).sum(-1)
         entropy = -(p * finite).sum(-1) + (p * join(task, zero, None if last else entropy)).sum(-1)
         score = (p * join(task, tree.ends[level], score)).sum(-1)
-    assert score is not None
-    return score[0], kl[0], entropy[0]
+        levels.append(torch.stack([score, kl, entropy]))
+    return levels[::-1]
 
 
 def _value(
@@ -251,5 +285,5 @@ def _value(
         if reference is not None:
             with torch.no_grad():
                 ref = ask_reference(tree)
-        total = total + tree.weight * torch.stack(_induction(task, tree, ask(tree), ref))
+        total = total + tree.weight * _induction(task, tree, ask(tree), ref)[0][:, 0]
     return total

@@ -1,0 +1,56 @@
+"""The divergence: estimators by hand, against the full sum, and the coefficient that follows a target."""
+
+import math
+
+import pytest
+import torch
+
+from textrl.kl import AdaptiveKL, full_kl, k1, k2, k3
+
+P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+KL = 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3)
+
+
+def test_estimators_by_hand():
+    logprob, ref = torch.tensor(math.log(0.5)), torch.tensor(math.log(0.2))
+    assert float(k1(logprob, ref)) == pytest.approx(math.log(2.5), abs=1e-6)
+    assert float(k2(logprob, ref)) == pytest.approx(math.log(2.5) ** 2 / 2, abs=1e-6)
+    assert float(k3(logprob, ref)) == pytest.approx(0.4 - 1 + math.log(2.5), abs=1e-6)
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not():
+    assert float(P @ k1(P.log(), Q.log())) == pytest.approx(KL, abs=1e-9)
+    assert float(P @ k3(P.log(), Q.log())) == pytest.approx(KL, abs=1e-9)
+    assert abs(float(P @ k2(P.log(), Q.log())) - KL) > 0.004
+    assert (k3(P.log(), Q.log()) >= 0).all() and (k1(P.log(), Q.log()) < 0).any()
+
+
+def test_full_kl():
+    assert float(full_kl(P.log() + 3, Q.log() - 1)) == pytest.approx(KL, abs=1e-6)  # logits may be shifted
+    assert full_kl(torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)).tolist() == [[0] * 4] * 2
+    lowest = torch.finfo(torch.float32).min
+    one, other = torch.tensor([0.0, 0.0, lowest]), torch.tensor([0.0, math.log(3), lowest])  # a masked token
+    assert float(full_kl(one, other)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), abs=1e-6)
+
+
+def test_gradient_of_full_kl_vanishes_where_both_are_one_and_its_curvature_is_fishers():
+    logits = P.log().float().requires_grad_()
+    (gradient,) = torch.autograd.grad(full_kl(logits.detach(), logits), logits, create_graph=True)
+    assert gradient.detach().abs().max() < 1e-6
+    rows = torch.stack([torch.autograd.grad(gradient[i], logits, retain_graph=True)[0] for i in range(3)])
+    assert torch.allclose(rows, (torch.diag(P) - torch.outer(P, P)).float(), atol=1e-6)
+
+
+def test_adaptive_coefficient():
+    kl = AdaptiveKL(0.1, target=6.0, horizon=1000)
+    assert kl.update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    kl = AdaptiveKL(0.1, target=6.0, horizon=1000)
+    assert kl.update(60, 100) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # the error is clipped
+    assert kl.update(0, 100) == pytest.approx(0.1 * 1.02 * 0.98)
+
+
+@pytest.mark.parametrize("settings", [{"target": 0.0, "horizon": 10}, {"target": 1.0, "horizon": 0}])
+def test_adaptive_coefficient_refuses_zero(settings):
+    with pytest.raises(ValueError, match="must be above 0; got 0"):
+        AdaptiveKL(0.1, **settings)
