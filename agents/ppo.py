@@ -48,7 +48,7 @@ class PPOConfig(AgentConfig):
     target_kl: float | None = None  # no further epochs once KL(old || new) is above this
     kl_target: float | None = None  # the KL coefficient follows this KL(policy || reference) per response, in nats
     kl_horizon: float = 10_000.0  # episodes over which it may change by about e^0.2
-    critic: str = "separate"  # "separate": a trunk of its own; "shared": a head on the policy's trunk
+    shared_trunk: bool = False  # the critic is a head on the policy's trunk; else it has a trunk of its own
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -58,7 +58,6 @@ class PPOConfig(AgentConfig):
         check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        check("critic", self.critic, self.critic in ("separate", "shared"), '"separate" or "shared"')
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float) -> Tensor:
@@ -107,8 +106,8 @@ class PPO(Agent):
         """Adds the critic: a scalar model of its own, or a head on the policy's trunk; both start at zero."""
         self.critic: Critic | None = None
         self.value_head: nn.Linear | None = None
-        if self.config.critic == "shared":
-            check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
+        if self.config.shared_trunk:
+            check("critic", self._critic_from, self._critic_from is None, "None with shared_trunk")
             width = self.model.config.get_text_config().hidden_size
             self.value_head = nn.Linear(width, 1).to(device=self.device)
             nn.init.zeros_(self.value_head.weight)
