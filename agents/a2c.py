@@ -46,13 +46,13 @@ class A2C(Agent):
 
     def build(self) -> None:
         """Adds the critic."""
-        self.critic = Critic(self.policy, self.model, self.config.trainable_layers)
-        self.modules["critic"] = self.critic.model
+        self.value = Critic(self.policy, self.model, self.config.trainable_layers)
+        self.critic = self.modules["critic"] = self.value.model
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step of actor and critic."""
         config, mask = self.config, rollout.action_mask
-        values = batched_values(self.critic, rollout, config.max_tokens_per_microbatch)
+        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
         advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -68,7 +68,7 @@ class A2C(Agent):
         assert entropy is not None
         numbers = {
             "policy_loss": policy_gradient_loss(batch.spread(flat), batch.advantages, batch.action_mask),
-            "value_loss": value_loss(self.critic(batch), batch.returns, batch.action_mask),
+            "value_loss": value_loss(self.value(batch), batch.returns, batch.action_mask),
             "entropy": entropy.mean(),
         }
         bonus = self.config.ent_coef * numbers["entropy"]

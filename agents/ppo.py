@@ -11,6 +11,7 @@ token, a KL penalty to the reference at every token (the environment's part); he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,13 +49,14 @@ class PPOConfig(AgentConfig):
     target_kl: float | None = None  # no further epochs once KL(old || new) is above this
     kl_target: float | None = None  # the KL coefficient follows this KL(policy || reference) per response, in nats
     kl_horizon: float = 10_000.0  # episodes over which it may change by about e^0.2
-    shared_trunk: bool = False  # the critic is a head on the policy's trunk; else it has a trunk of its own
+    critic: str = "separate"  # "separate": a trunk of its own; "shared": a head on the policy's trunk
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         super().__post_init__()
         for name in ("epochs", "minibatches"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("critic", self.critic, self.critic in ("separate", "shared"), '"separate" or "shared"')
         check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
@@ -82,8 +84,8 @@ class PPO(Agent):
         env: as for every agent.
         model: as for every agent.
         config: as for every agent.
-        critic: what the critic starts from, in place of the policy's trunk: a `RewardModel` or a scalar model. Its
-            head starts at zero.
+        critic: the setting "separate" or "shared"; or what a separate critic's trunk starts from in place of the
+            policy's: a `RewardModel` or a scalar model. Its head starts at zero.
         settings: as for every agent.
     """
 
@@ -96,26 +98,30 @@ class PPO(Agent):
         model: PreTrainedModel | str | Path | None = None,
         config: AgentConfig | None = None,
         *,
-        critic: RewardModel | PreTrainedModel | None = None,
+        critic: RewardModel | PreTrainedModel | str | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(critic, str):
+            settings["critic"], critic = critic, None
         self._critic_from = critic.model if isinstance(critic, RewardModel) else critic
         super().__init__(env, model, config, **settings)
 
     def build(self) -> None:
         """Adds the critic: a scalar model of its own, or a head on the policy's trunk; both start at zero."""
-        self.critic: Critic | None = None
+        self.critic: PreTrainedModel | None = None
+        self.value: Callable[[Rollout], Tensor] = self._head_values
         self.value_head: nn.Linear | None = None
-        if self.config.shared_trunk:
-            check("critic", self._critic_from, self._critic_from is None, "None with shared_trunk")
+        if self.config.critic == "shared":
+            check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
             width = self.model.config.get_text_config().hidden_size
             self.value_head = nn.Linear(width, 1).to(device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             self.modules["value_head"] = self.value_head
         else:
-            self.critic = Critic(self.policy, self._critic_from or self.model, self.config.trainable_layers)
-            self.modules["critic"] = self.critic.model
+            critic = Critic(self.policy, self._critic_from or self.model, self.config.trainable_layers)
+            self.value, self.critic = critic, critic.model
+            self.modules["critic"] = critic.model
         self.kl = None
         if self.config.kl_target is not None:
             check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
@@ -127,7 +133,7 @@ class PPO(Agent):
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
         rewards = self._shaped(rollout)
-        values = batched_values(self.critic or self._head_values, rollout, config.max_tokens_per_microbatch)
+        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         rollout = replace(rollout, values=values, returns=returns, advantages=advantages)
         if config.whiten_advantages:
@@ -174,7 +180,7 @@ class PPO(Agent):
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d), a shared critic's too
         flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
         assert entropy is not None
-        values = self._head_values(batch, hidden) if self.critic is None else self.critic(batch)
+        values = self._head_values(batch, hidden) if self.critic is None else self.value(batch)
         logprobs = batch.spread(flat)
         ratio = (logprobs - batch.logprobs).exp()
         policy_loss = clipped_policy_loss(ratio, batch.advantages, mask, config.clip_coef)

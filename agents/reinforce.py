@@ -60,12 +60,12 @@ class REINFORCE(Agent):
     def build(self) -> None:
         """Adds the critic, where the baseline is a learned value."""
         self.running_mean: float | None = None
-        self.critic: Critic | None = None
+        self.value: Critic | None = None
         if self.config.baseline == "leave_one_out":
             self.group_size = self.config.group_size
         if self.config.baseline == "value":
-            self.critic = Critic(self.policy, self.model, self.config.trainable_layers)
-            self.modules["critic"] = self.critic.model
+            self.value = Critic(self.policy, self.model, self.config.trainable_layers)
+            self.modules["critic"] = self.value.model
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step along the policy gradient."""
@@ -78,8 +78,8 @@ class REINFORCE(Agent):
     def advantages(self, rollout: Rollout, returns: Tensor) -> Tensor:
         """Returns (B, T), of the whole response or to go, minus the baseline: (B, T), 0 outside the mask."""
         mask = rollout.action_mask
-        if self.critic is not None:
-            values = batched_values(self.critic, rollout, self.config.max_tokens_per_microbatch)
+        if self.value is not None:
+            values = batched_values(self.value, rollout, self.config.max_tokens_per_microbatch)
             return returns - values
         whole = returns.gather(1, mask.int().argmax(1, keepdim=True))  # (B, 1), from the first of the agent's tokens
         baseline = whole.new_zeros(())
@@ -96,7 +96,7 @@ class REINFORCE(Agent):
         assert batch.advantages is not None and batch.returns is not None
         loss = policy_gradient_loss(self.logprobs(batch), batch.advantages, batch.action_mask)
         numbers = {"policy_loss": loss}
-        if self.critic is not None:
-            numbers["value_loss"] = value_loss(self.critic(batch), batch.returns, batch.action_mask)
+        if self.value is not None:
+            numbers["value_loss"] = value_loss(self.value(batch), batch.returns, batch.action_mask)
             loss = loss + self.config.vf_coef * numbers["value_loss"]
         return loss, numbers

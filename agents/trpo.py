@@ -88,14 +88,14 @@ class TRPO(Agent):
     def build(self) -> None:
         """Adds the critic."""
         check("dtype", str(self.model.dtype), self.model.dtype == torch.float32, '"float32": steps are small')
-        self.critic = Critic(self.policy, self.model, self.config.trainable_layers)
-        self.modules["critic"] = self.critic.model
+        self.value = Critic(self.policy, self.model, self.config.trainable_layers)
+        self.critic = self.modules["critic"] = self.value.model
         self.weights = list(trainable(self.model))
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step of the policy, a few of the critic."""
         config, mask = self.config, rollout.action_mask
-        values = batched_values(self.critic, rollout, config.max_tokens_per_microbatch)
+        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
         advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -109,7 +109,7 @@ class TRPO(Agent):
 
     def _value_loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.returns is not None
-        return value_loss(self.critic(batch), batch.returns, batch.action_mask), {}
+        return value_loss(self.value(batch), batch.returns, batch.action_mask), {}
 
     def step(self, rollout: Rollout, max_kl: float) -> dict[str, float]:
         """The natural-gradient step of the policy: KL(old || new) is at most `max_kl` after it."""

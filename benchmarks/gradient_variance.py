@@ -78,14 +78,14 @@ def sample(name: str, batches: int, batch_size: int = 64, seed: int = 0) -> tupl
     env = textrl.TextVectorEnv(task, num_envs=1, reference=reference, kl_coef=KL_COEF)
     agent = kind(env, copy.deepcopy(policy), batch_size=batch_size, seed=seed, **settings)
     if right_critic:
-        agent.critic.model.load_state_dict(exact_critic(task, policy, reference, KL_COEF).state_dict())  # type: ignore[attr-defined]
+        agent.critic.load_state_dict(exact_critic(task, policy, reference, KL_COEF).state_dict())  # type: ignore[attr-defined]
     recorder = Recorder(agent)
     agent.optimizer = recorder  # type: ignore[assignment]
     found = []
     for _ in range(batches):
         rollout = agent.collect()
         if isinstance(agent, TRPO):
-            values = agent.critic(rollout).detach()
+            values = agent.value(rollout).detach()
             advantages, _ = gae(rollout.rewards, values, rollout.action_mask)
             rollout.advantages = advantages
             gradient = agent._surrogate_gradient(rollout).view_as(exact)

@@ -278,16 +278,16 @@ def test_learning_rate_falls_to_zero_and_comes_back():
         tabular_agent(REINFORCE, learning_rate_schedule="cosine")
 
 
-@pytest.mark.parametrize("shared_trunk", [False, True])
-def test_ppo_is_saved_with_its_critic(tmp_path, shared_trunk):
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_ppo_is_saved_with_its_critic(tmp_path, critic):
     task = Bigrams()
     env = environment(task)
-    agent = PPO(env, small_model(4, 8, n_embd=16, n_layer=1, n_head=2), shared_trunk=shared_trunk, batch_size=16)
+    agent = PPO(env, small_model(4, 8, n_embd=16, n_layer=1, n_head=2), critic=critic, batch_size=16)
     agent.learning_rate = agent.optimizer.learning_rate = 0.01
     agent.update(agent.collect())
     agent.save(tmp_path / "agent")
     again = PPO.load(tmp_path / "agent", env)
-    name = "value_head" if shared_trunk else "critic"
+    name = "value_head" if critic == "shared" else "critic"
     assert set(agent.modules) == set(again.modules) == {"policy", name}
     for key, weight in agent.modules[name].state_dict().items():
         assert torch.equal(weight, again.modules[name].state_dict()[key])
