@@ -94,7 +94,7 @@ def test_single_and_vector_alike(task, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", [False, True])
 def test_alike_with_a_reference(mode, policy):
-    Pair(Copy, 4, mode, reference=True, policy=policy).run(150)
+    Pair(Copy, 2, mode, reference=True, policy=policy).run(150)  # two: now and then all rows reset in one step
     Pair(Brackets, 3, mode, reference=True, policy=policy).run(60)
 
 

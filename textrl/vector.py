@@ -177,7 +177,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         live = ~resetting
         rewards = np.zeros(self.num_envs)
         infos: Info = {}
-        if self._ref_logits is not None:
+        if self._ref_logits is not None and live.any():
             self._penalties(actions, live, rewards, infos)
         self._buffer.reshape(-1)[self._offsets + self._lengths] = actions
         self._lengths += live

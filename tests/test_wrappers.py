@@ -1,0 +1,194 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import NormalizeReward, RecordEpisodeStatistics, RecordVideo, TimeLimit, TransformReward
+from gymnasium.wrappers import vector as vector_wrappers
+
+import textrl
+from textrl.envs.brackets import Brackets
+from textrl.envs.copy import Copy
+from textrl.envs.text import Text
+from textrl.policy import small_model
+from textrl.stepwise import frozen_reference
+from textrl.wrappers import KLPenalty, OneHotObservation, TextObservation, VectorKLPenalty, VectorOneHotObservation
+
+MODES = list(AutoresetMode)
+
+
+def tiny(task, seed=1):
+    return small_model(task.vocab_size, task.max_prompt_tokens + task.max_new_tokens, seed, n_embd=16, n_layer=1)
+
+
+def test_text_observations():
+    env = TextObservation(textrl.TextEnv(Copy()))
+    assert env.reset(options={"prompt": "abc"})[0] == "abc"
+    assert env.step(2)[0] == "abcb"
+    for _ in range(30):
+        observation, _ = env.reset()
+        assert observation in env.observation_space
+    check_env(TextObservation(gym.make("textrl/Copy-v0")), skip_render_check=True)
+
+
+def test_text_observations_stay_in_their_space():
+    env = TextObservation(textrl.TextEnv(Text(prompts=["plain"])))
+    assert env.reset()[0] in env.observation_space
+    with pytest.raises(ValueError, match="textrl environment"):
+        TextObservation(gym.make("CartPole-v1"))
+
+
+def test_one_hot_observations():
+    env = OneHotObservation(textrl.TextEnv(Copy(symbols="ab", length=1)))
+    observation, _ = env.reset(options={"prompt": "b"})
+    assert observation.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]] and observation in env.observation_space
+    envs = VectorOneHotObservation(textrl.TextVectorEnv(Copy(symbols="ab", length=1), 2))
+    observations, _ = envs.reset(options={"prompt": "b"})
+    np.testing.assert_array_equal(observations, np.stack([observation] * 2))
+    assert observations in envs.observation_space
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_the_penalty_of_the_wrapper_is_that_of_the_env(policy):
+    task = Copy()
+    inside = textrl.TextEnv(task, reference=tiny(task), kl_coef=0.3, temperature=0.8)
+    outside = KLPenalty(textrl.TextEnv(task), tiny(task), 0.3, 0.8)
+    if policy:
+        for env in (inside, outside):
+            env.unwrapped.policy = frozen_reference(tiny(task, 2), task)[1]
+    assert inside.reset(seed=0)[0].tolist() == outside.reset(seed=0)[0].tolist()
+    for action in np.random.default_rng(0).integers(4, size=40).tolist():
+        mine, theirs = outside.step(action), inside.step(action)
+        assert mine[1] == pytest.approx(theirs[1], abs=1e-6) and type(mine[1]) is float
+        assert mine[4].keys() == theirs[4].keys()
+        assert mine[4]["ref_logprob"] == pytest.approx(theirs[4]["ref_logprob"], abs=1e-6)
+        if mine[2]:
+            inside.reset(), outside.reset()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_penalty_of_the_vector_wrapper_is_that_of_the_env(mode):
+    task = Copy()
+    inside = textrl.TextVectorEnv(task, 2, reference=tiny(task), kl_coef=0.3, autoreset_mode=mode)
+    outside = VectorKLPenalty(textrl.TextVectorEnv(task, 2, autoreset_mode=mode), tiny(task), 0.3)
+    inside.reset(seed=0), outside.reset(seed=0)
+    for actions in np.random.default_rng(0).integers(4, size=(120, 2)):
+        mine, theirs = outside.step(actions), inside.step(actions)
+        np.testing.assert_allclose(mine[1], theirs[1], atol=1e-6)
+        assert mine[4].keys() == theirs[4].keys()
+        for one, other in ((mine[4], theirs[4]), (mine[4].get("final_info", {}), theirs[4].get("final_info", {}))):
+            assert one.keys() == other.keys()
+            if "ref_logprob" in one:
+                np.testing.assert_array_equal(one["_ref_logprob"], other["_ref_logprob"])
+                np.testing.assert_allclose(one["ref_logprob"], other["ref_logprob"], atol=1e-6)
+        if mode == AutoresetMode.DISABLED and mine[2].any():
+            inside.reset(options={"reset_mask": mine[2]}), outside.reset(options={"reset_mask": mine[2]})
+
+
+def test_gymnasiums_wrappers():
+    env = RecordEpisodeStatistics(gym.make("textrl/Copy-v0"))
+    env.reset(seed=0, options={"prompt": "abc"})
+    for action in (1, 2, 3):
+        env.step(action)
+    info = env.step(0)[4]
+    assert info["episode"]["r"] == 1.0 and info["episode"]["l"] == 4
+    env = TransformReward(gym.make("textrl/Copy-v0"), lambda reward: 10 * reward)
+    env.reset(options={"prompt": "abc"})
+    assert env.step(0)[1] == 0.0
+    env.reset(options={"prompt": "abc"})
+    env.step(1)
+    assert env.step(0)[1] == 2.5
+    env = TimeLimit(gym.make("textrl/Copy-v0"), 2)
+    env.reset()
+    env.step(1)
+    assert env.step(1)[2:4] == (False, True)
+    env = NormalizeReward(gym.make("textrl/Copy-v0"))
+    env.reset(seed=0)
+    assert np.isfinite(env.step(0)[1])
+
+
+def test_gymnasiums_vector_wrappers():
+    envs = vector_wrappers.RecordEpisodeStatistics(gym.make_vec("textrl/Copy-v0", num_envs=3))
+    envs.reset(seed=0)
+    for _ in range(4):
+        _, rewards, terminated, _, infos = envs.step(np.array([1, 1, 1]))
+    assert terminated.all()
+    np.testing.assert_allclose(infos["episode"]["r"], rewards)
+    assert infos["episode"]["l"].tolist() == [4, 4, 4]
+    envs = vector_wrappers.NormalizeReward(
+        vector_wrappers.TransformReward(gym.make_vec("textrl/Copy-v0", num_envs=3), lambda reward: reward + 1)
+    )
+    envs.reset(seed=0)
+    assert np.isfinite(envs.step(np.array([1, 0, 1]))[1]).all()
+
+
+def test_record_video(tmp_path):
+    pytest.importorskip("moviepy", reason="RecordVideo needs moviepy")
+    env = RecordVideo(gym.make("textrl/Copy-v0", render_mode="rgb_array"), str(tmp_path), disable_logger=True)
+    env.reset(seed=0)
+    while not env.step(1)[2]:
+        pass
+    env.close()
+    assert [path.suffix for path in tmp_path.iterdir()] and any(path.suffix == ".mp4" for path in tmp_path.iterdir())
+
+
+def test_a_wrapped_env_is_stepped_by_agents():
+    from textrl.agents import REINFORCE
+
+    env = TransformReward(gym.make("textrl/Vowels-v0"), lambda reward: -reward)
+    agent = REINFORCE(env, batch_size=32, seed=0)
+    before = np.mean([agent.collect().rewards.sum(1).mean().item() for _ in range(2)])
+    assert before < 0  # the wrapper's sign, not the task's
+    agent.learn(6_000)
+    assert agent.collect().rewards.sum(1).mean().item() > before
+
+
+def test_sb3_vec_env_is_the_vector_env():
+    from textrl.sb3 import TextVecEnv
+
+    envs = textrl.TextVectorEnv(Brackets(), 3, autoreset_mode="SAME_STEP")
+    twin = textrl.TextVectorEnv(Brackets(), 3, autoreset_mode="SAME_STEP")
+    adapter = TextVecEnv(envs)
+    adapter.seed(5)
+    np.testing.assert_array_equal(adapter.reset(), twin.reset(seed=5)[0])
+    for actions in np.random.default_rng(0).integers(5, size=(40, 3)):
+        observations, rewards, ended, infos = adapter.step(actions)
+        same, paid, terminated, _, theirs = twin.step(actions)
+        np.testing.assert_array_equal(observations, same)
+        np.testing.assert_allclose(rewards, paid)
+        assert ended.tolist() == terminated.tolist() and len(infos) == 3
+        for i in np.flatnonzero(ended):
+            np.testing.assert_array_equal(infos[i]["terminal_observation"], theirs["final_obs"][i])
+            assert infos[i]["score"] == theirs["final_info"]["score"][i]
+    assert np.stack(adapter.env_method("action_masks")).shape == (3, 5)
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        TextVecEnv(textrl.TextVectorEnv(Copy(), 2))
+
+
+def test_sb3_policy_has_the_log_probabilities_of_the_model(tmp_path):
+    from stable_baselines3 import PPO
+
+    from textrl.sb3 import CausalLMPolicy, TextVecEnv
+
+    task = Copy()
+    model = tiny(task)
+    envs = TextVecEnv(textrl.TextVectorEnv(task, 4, autoreset_mode="SAME_STEP"))
+    kwargs = {"model": model, "temperature": 0.7}
+    agent = PPO(CausalLMPolicy, envs, n_steps=8, batch_size=16, policy_kwargs=kwargs, seed=0, device="cpu")
+    observations = np.array([[0, 1, 2, 3, 4, 4, 4, 4], [0, 1, 2, 3, 3, 1, 4, 4]])  # two lengths in one batch
+    actions = torch.tensor([2, 0])
+    values, logprobs, entropies = agent.policy.evaluate_actions(torch.from_numpy(observations), actions)
+    for i, row in enumerate(observations):
+        logits = model(torch.from_numpy(row[row != 4])[None]).logits[0, -1] / 0.7
+        expected = logits.log_softmax(-1)
+        assert logprobs[i].item() == pytest.approx(expected[actions[i]].item(), abs=1e-5)
+        assert entropies[i].item() == pytest.approx(-(expected.exp() * expected).sum().item(), abs=1e-5)
+    assert values.tolist() == [[0.0], [0.0]]
+    before = [p.clone() for p in model.parameters()]
+    agent.learn(64)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    agent.save(tmp_path / "agent")
+    again = PPO.load(tmp_path / "agent", device="cpu")
+    for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,178 @@
+"""Stable-Baselines3: our batched environment as its `VecEnv`, and a causal language model as its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from .policy import CausalPolicy, load_model, value_model, values_at
+from .vector import TextVectorEnv
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Indices = int | Iterable[int] | None
+
+
+class TextVecEnv(VecEnv):
+    """A `TextVectorEnv` for Stable-Baselines3: one batch, one reference model, no processes.
+
+    Args:
+        envs: in SAME_STEP autoreset mode.
+
+    Raises:
+        ValueError: for another mode, with the keyword that sets the right one.
+    """
+
+    def __init__(self, envs: TextVectorEnv) -> None:
+        base = envs.unwrapped
+        if not isinstance(base, TextVectorEnv) or base.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                'envs must be a TextVectorEnv made with autoreset_mode="SAME_STEP", as Stable-Baselines3 resets;'
+                f" got {envs} with {getattr(base, 'autoreset_mode', None)}"
+            )
+        self.envs, self._actions = envs, np.zeros(envs.num_envs, dtype=np.int64)
+        super().__init__(envs.num_envs, base.single_observation_space, base.single_action_space)
+
+    def reset(self) -> NDArray[np.int64]:
+        """Starts new episodes, with the seeds that `seed` set: (N, L)."""
+        options = self._options[0] or None
+        observations, infos = self.envs.reset(seed=list(self._seeds), options=options)
+        self.reset_infos = self._split(infos)
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: NDArray[np.int64]) -> None:
+        """Takes the actions."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Steps: observations (N, L), rewards (N,), ended (N,) and N infos with `terminal_observation`."""
+        observations, rewards, terminated, truncated, infos = self.envs.step(self._actions)
+        final = self._split(infos.pop("final_info", {}))
+        last = infos.pop("final_obs", None)
+        infos.pop("_final_info", None), infos.pop("_final_obs", None)
+        split = self._split(infos)
+        for i in np.flatnonzero(terminated).tolist():
+            split[i] = {**split[i], **final[i], "terminal_observation": last[i], "TimeLimit.truncated": False}
+        return observations, rewards.astype(np.float32), terminated | truncated, split
+
+    def _split(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
+        out: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for key, values in infos.items():
+            if not key.startswith("_"):
+                for i in np.flatnonzero(infos[f"_{key}"]).tolist():
+                    out[i][key] = values[i]
+        return out
+
+    def close(self) -> None:
+        """Closes the environment."""
+        self.envs.close()
+
+    def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
+        """The attribute, once for each row: there is one environment."""
+        return [getattr(self.envs.unwrapped, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
+        """Sets an attribute, for all rows."""
+        setattr(self.envs.unwrapped, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> list[Any]:
+        """Calls a batched method (`action_masks`) and gives each row its part."""
+        out = getattr(self.envs.unwrapped, method_name)(*args, **kwargs)
+        return [out[i] for i in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Indices = None) -> list[bool]:
+        """False: rows are not wrapped one by one."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        """The rows' pictures, with render_mode "rgb_array"."""
+        return self.envs.render() or [None] * self.num_envs
+
+
+class CausalLMPolicy(ActorCriticPolicy):
+    """A causal language model as the actor, a copy of its trunk with a scalar head as the critic.
+
+    The action's distribution is the model's next-token distribution at the environment's temperature, so that PPO and
+    A2C of Stable-Baselines3 fine-tune the model itself. Every state is read from its start: simple, and slower than our
+    own agents. Use as `PPO(CausalLMPolicy, env, policy_kwargs={"model": model})`.
+
+    Args:
+        observation_space: of the environment.
+        action_space: of the environment.
+        lr_schedule: given by Stable-Baselines3.
+        model: a `PreTrainedModel`, or the name or folder of one; it is trained in place.
+        temperature: divides the logits; the same as the environment's.
+        kwargs: of `ActorCriticPolicy`; the ones that describe an MLP have no effect.
+    """
+
+    def __init__(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        lr_schedule: Callable[[float], float],
+        *,
+        model: PreTrainedModel | str,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+        self.vocab_size, self.temperature = int(action_space.n), temperature
+        self.language_model: nn.Module = load_model(model)
+        self.critic: nn.Module = value_model(load_model(model))
+        settings = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(self.parameters(), **settings)
+
+    def _build(self, lr_schedule: Any) -> None:
+        """No MLP: the constructor puts the language models in its place."""
+
+    def _read(self, obs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Observations (B, L) -> tokens (B, S), and the row and column of each last token, (B,)."""
+        obs = obs.long()
+        written = obs != self.vocab_size
+        lengths = written.sum(1)
+        tokens = torch.where(written, obs, 0)[:, : int(lengths.max())]
+        return tokens, torch.arange(len(obs), device=obs.device), lengths - 1
+
+    def _distribution(self, tokens: Tensor, rows: Tensor, columns: Tensor) -> Distribution:
+        policy = CausalPolicy(self.language_model, self.vocab_size, self.temperature)  # type: ignore[arg-type]
+        logits = policy.logits(policy.hidden(tokens, rows, columns)) / self.temperature  # (B, V)
+        assert isinstance(self.action_dist, CategoricalDistribution)
+        return self.action_dist.proba_distribution(action_logits=logits)
+
+    def get_distribution(self, obs: Any) -> Distribution:
+        """The next-token distribution at these observations, (B, L)."""
+        return self._distribution(*self._read(obs))
+
+    def predict_values(self, obs: Any) -> Tensor:
+        """The critic's values, (B, 1)."""
+        return values_at(self.critic, *self._read(obs))[:, None]  # type: ignore[arg-type]
+
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Observations (B, L) -> actions (B,), values (B, 1), log-probabilities (B,)."""
+        read = self._read(obs)
+        distribution = self._distribution(*read)
+        actions = distribution.get_actions(deterministic=deterministic)
+        values = values_at(self.critic, *read)[:, None]  # type: ignore[arg-type]
+        return actions, values, distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values (B, 1), log-probabilities (B,) and entropies (B,) of actions (B,) at observations (B, L)."""
+        read = self._read(obs)
+        distribution = self._distribution(*read)
+        values = values_at(self.critic, *read)[:, None]  # type: ignore[arg-type]
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "model": self.language_model, "temperature": self.temperature}

@@ -1,0 +1,208 @@
+"""Wrappers for token environments: other observations, and a KL penalty for an environment that has none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from .env import Info, Policy, check_penalty, chosen_logprobs
+from .task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+UNKNOWN = "\ufffd"
+AnyEnv = gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
+
+
+def task_of(env: AnyEnv) -> Task:
+    """The task that a textrl environment plays, whatever wraps it.
+
+    Raises:
+        ValueError: for another environment.
+    """
+    task = getattr(env.unwrapped, "task", None)
+    if not isinstance(task, Task):
+        raise ValueError(f"env must be a textrl environment; got {env}")
+    return task
+
+
+class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]]):
+    """Observations as text: the prompt and the response so far, in one string.
+
+    Characters that no single token holds (parts of them are spread over several tokens) are shown as U+FFFD, so that
+    every observation lies in the `Text` space.
+
+    Args:
+        env: a single textrl environment.
+    """
+
+    def __init__(self, env: gym.Env[NDArray[np.int64], Any]) -> None:
+        super().__init__(env)
+        self.task = task_of(env)
+        pieces = self.task.decode([[token] for token in range(self.task.vocab_size)])
+        self._known = frozenset("".join(pieces)) | {UNKNOWN}
+        length = self.task.max_prompt_tokens + self.task.max_new_tokens
+        longest = max(1, *map(len, pieces)) * length
+        self.observation_space = gym.spaces.Text(longest, min_length=0, charset=self._known)
+
+    def observation(self, observation: NDArray[np.int64]) -> str:
+        """Token ids (L,) -> text without special tokens."""
+        text = self.task.decode([observation[observation != self.task.vocab_size].tolist()])[0]
+        return "".join(c if c in self._known else UNKNOWN for c in text)
+
+
+def one_hot(observations: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
+    """Token ids (..., L) -> (..., L, V): a one for each token, zeros where nothing is written."""
+    return (observations[..., None] == np.arange(vocab_size)).astype(np.float32)  # type: ignore[no-any-return]
+
+
+class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray[np.int64]]):
+    """Observations as (L, V) float32, one-hot; zeros where nothing is written.
+
+    Args:
+        env: a single textrl environment.
+    """
+
+    def __init__(self, env: gym.Env[NDArray[np.int64], Any]) -> None:
+        super().__init__(env)
+        self._vocab_size = task_of(env).vocab_size
+        shape = (*(env.observation_space.shape or ()), self._vocab_size)
+        self.observation_space = gym.spaces.Box(0, 1, shape, np.float32)  # type: ignore[assignment]
+
+    def observation(self, observation: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(L,) -> (L, V)."""
+        return one_hot(observation, self._vocab_size)
+
+
+class VectorOneHotObservation(VectorObservationWrapper[Any, Any, Any, Any]):
+    """`OneHotObservation` for a vector environment, in any autoreset mode but SAME_STEP: (N, L) -> (N, L, V).
+
+    Args:
+        env: a vector textrl environment.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        super().__init__(env)
+        self._vocab_size = task_of(env).vocab_size
+        shape = (*(env.single_observation_space.shape or ()), self._vocab_size)
+        self.single_observation_space = gym.spaces.Box(0, 1, shape, np.float32)
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+
+    def observations(self, observations: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(N, L) -> (N, L, V)."""
+        return one_hot(observations, self._vocab_size)
+
+
+class _Penalty:
+    """The KL penalty of one step, for a batch of rows."""
+
+    def __init__(self, env: AnyEnv, reference: Any, kl_coef: float, temperature: float) -> None:
+        check_penalty(reference, kl_coef, temperature)
+        from .stepwise import frozen_reference
+
+        self.env, self.kl_coef, self.temperature = env, kl_coef, temperature
+        self.reference, self._ref_logits = frozen_reference(reference, task_of(env))
+
+    def __call__(self, observations: NDArray[np.int64], actions: Any) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """(N, L), (N,) -> what is added to the rewards (N,), and the columns of info."""
+        ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
+        policy: Policy | None = getattr(self.env.unwrapped, "policy", None)
+        if policy is None:
+            return self.kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
+        kl = chosen_logprobs(policy(observations), actions, self.temperature) - ref_logprobs
+        return -self.kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
+
+
+class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any]):
+    """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
+
+    pi is `env.unwrapped.policy`; while that is None, `+kl_coef * log pi_ref` is added.
+
+    Args:
+        env: a single textrl environment without a reference.
+        reference: a causal language model, or the name or folder of one.
+        kl_coef: weight of the penalty.
+        temperature: divides the logits of both.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env[NDArray[np.int64], Any],
+        reference: PreTrainedModel | str,
+        kl_coef: float,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(env)
+        self._penalty = _Penalty(env, reference, kl_coef, temperature)
+        self._observation: NDArray[np.int64] | None = None
+
+    def reset(self, **kwargs: Any) -> tuple[NDArray[np.int64], Info]:
+        """Starts an episode."""
+        observation, info = self.env.reset(**kwargs)
+        self._observation = observation
+        return observation.copy(), info
+
+    def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, Info]:
+        """Appends a token and pays for it."""
+        before = self._observation
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        assert before is not None
+        added, columns = self._penalty(before[None], [int(action)])
+        self._observation = observation
+        info = {**info, **{key: values[0] for key, values in columns.items()}}
+        return observation.copy(), float(reward) + float(added[0]), terminated, truncated, info
+
+
+class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
+    """`KLPenalty` for a vector environment, in any autoreset mode.
+
+    In SAME_STEP mode the penalty of an episode's last token is in its reward and its columns in `final_info`.
+
+    Args:
+        env: a vector textrl environment without a reference.
+        reference: as for `KLPenalty`.
+        kl_coef: as for `KLPenalty`.
+        temperature: as for `KLPenalty`.
+    """
+
+    def __init__(
+        self, env: VectorEnv[Any, Any, Any], reference: PreTrainedModel | str, kl_coef: float, temperature: float = 1.0
+    ) -> None:
+        super().__init__(env)
+        self._penalty = _Penalty(env, reference, kl_coef, temperature)
+        self._mode = env.metadata["autoreset_mode"]
+        self._observations: Any = None
+        self._live = np.ones(env.num_envs, dtype=np.bool_)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Starts episodes."""
+        mask = None if options is None else options.get("reset_mask")
+        observations, infos = self.env.reset(seed=seed, options=options)
+        self._observations = observations.copy()
+        self._live[slice(None) if mask is None else mask] = True
+        return observations, infos
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Appends a token to each row and pays for it, except where the step only resets."""
+        before, live = self._observations, self._live.copy()
+        observations, rewards, terminations, truncations, infos = self.env.step(actions)
+        added, columns = self._penalty(before, np.asarray(actions))
+        ended = np.logical_or(terminations, truncations)
+        self._observations = observations.copy()
+        self._live = np.ones_like(ended) if self._mode == AutoresetMode.SAME_STEP else ~ended
+        for into, rows in self._places(infos, live, ended):
+            for key, values in columns.items():
+                into[key], into[f"_{key}"] = np.where(rows, values, np.float32(0)), rows.copy()
+        return observations, rewards + np.where(live, added, 0.0), terminations, truncations, infos
+
+    def _places(self, infos: dict[str, Any], live: Any, ended: Any) -> list[tuple[dict[str, Any], Any]]:
+        """The dicts to write to, each with the rows that belong there."""
+        if self._mode != AutoresetMode.SAME_STEP or not ended.any():
+            return [(infos, live)] if live.any() else []
+        return [(infos["final_info"], ended)] + ([(infos, ~ended)] if not ended.all() else [])
