@@ -16,7 +16,9 @@ from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from .agent import Agent, AgentConfig
+    from .episodes import collect, read_episodes
     from .exact import Evaluation, Solution, evaluate_exact, exact_gradient, solve
+    from .preferences import read_preferences
     from .rewards import RewardModel, RewardModelConfig, train_reward_model, weighted_sum
     from .rollout import Rollout
     from .tabular import TabularLM, tabular_model
@@ -32,8 +34,11 @@ _LAZY = {
     "Rollout": "rollout",
     "Solution": "exact",
     "TabularLM": "tabular",
+    "collect": "episodes",
     "evaluate_exact": "exact",
     "exact_gradient": "exact",
+    "read_episodes": "episodes",
+    "read_preferences": "preferences",
     "solve": "exact",
     "tabular_model": "tabular",
     "train_reward_model": "rewards",
@@ -53,8 +58,11 @@ __all__ = [
     "Task",
     "TextEnv",
     "TextVectorEnv",
+    "collect",
     "evaluate_exact",
     "exact_gradient",
+    "read_episodes",
+    "read_preferences",
     "register",
     "solve",
     "symbol_tokenizer",

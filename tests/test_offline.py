@@ -1,0 +1,377 @@
+"""Agents that learn from given data: losses by hand, pairs that stay together, and shares of the exact optimum."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import textrl
+from textrl.agents import BPO, DPO, SFT, BestOfN, ReST
+from textrl.agents.best_of_n import best_of_groups, kl_bound
+from textrl.agents.bpo import advantage_weights, best_of_each, truncated_importance_loss
+from textrl.agents.dpo import ipo_loss, sigmoid_loss
+from textrl.agents.rest import keep_probabilities
+from textrl.exact import evaluate_exact
+from textrl.offline import Epochs, encode_response, given_rollout, prompt_groups
+from textrl.policy import CausalPolicy, small_model
+from textrl.rollout import Rollout, batched_logprobs, collect_sampled, microbatches
+from textrl.task import symbol_tokenizer
+
+CPU = torch.device("cpu")
+
+
+class Weighted(textrl.Task):
+    """Each place of the response has a weight for each symbol; two prompts with weights of their own."""
+
+    def __init__(self, seed: int = 0, length: int = 4, symbols: str = "abc") -> None:
+        super().__init__(tokenizer=symbol_tokenizer(symbols), max_new_tokens=length)
+        self.weights = np.random.default_rng(seed).normal(size=(2, length, len(symbols) + 1))
+
+    def prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": "a"}, {"prompt": "b"}]
+
+    def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        found = []
+        for prompt, text in zip(prompts, completions, strict=True):
+            ids = [ord(c) - ord("a") + 1 for c in text] + [0] * (self.max_new_tokens - len(text))
+            table = self.weights["ab".index(prompt)]
+            found.append(float(sum(table[t, token] for t, token in enumerate(ids))) / math.sqrt(len(ids)))
+        return found
+
+
+def reference(task: textrl.Task, seed: int) -> Any:
+    model = small_model(task.vocab_size, task.max_prompt_tokens + task.max_new_tokens, seed + 10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
+def sample(env: textrl.TextEnv, model: Any, episodes: int, seed: int, group_size: int = 1) -> Rollout:
+    return collect_sampled(
+        env,
+        CausalPolicy(model, env.task.vocab_size),
+        episodes,
+        rng=np.random.default_rng(seed),
+        generator=torch.Generator().manual_seed(seed),
+        group_size=group_size,
+    )
+
+
+def bradley_terry(env: textrl.TextEnv, model: Any, pairs: int, seed: int) -> Dataset:
+    rollout = sample(env, model, 2 * pairs, seed, group_size=2)
+    first, second = rollout.scores.view(-1, 2).double().T.numpy()
+    wins = np.random.default_rng(seed).random(pairs) < 1 / (1 + np.exp(second - first))
+    texts = rollout.completions
+    return Dataset.from_dict(
+        {
+            "prompt": [rollout.rows[2 * i]["prompt"] for i in range(pairs)],
+            "chosen": [texts[2 * i + (not wins[i])] for i in range(pairs)],
+            "rejected": [texts[2 * i + int(wins[i])] for i in range(pairs)],
+        }
+    )
+
+
+# ---- given responses -------------------------------------------------------------------------------------------
+
+
+def test_a_response_ends_with_the_end_token_unless_the_horizon_cuts_it() -> None:
+    task = Weighted()
+    assert encode_response(task, "a", "bc") == ([0, 1], [2, 3, 0])
+    assert encode_response(task, "a", "bcbc") == ([0, 1], [2, 3, 2, 3])
+    assert encode_response(task, "a", "bcbcb") == ([0, 1], [2, 3, 2, 3])
+    assert encode_response(task, "a", "") == ([0, 1], [0])
+    assert encode_response(task, "a", "bc", end_token=False) == ([0, 1], [2, 3])
+
+
+def test_a_sampled_response_read_back_as_text_is_the_same_episode() -> None:
+    task = Weighted()
+    env = textrl.TextEnv(task)
+    rollout = sample(env, small_model(4, 8, 0), 50, 0)
+    for i, (row, text) in enumerate(zip(rollout.rows, rollout.completions, strict=True)):
+        prompt, response = encode_response(task, row["prompt"], text)
+        assert rollout.tokens[i, : len(prompt) + len(response)].tolist() == prompt + response
+        assert rollout.response_lengths[i] == len(response)
+
+
+def test_what_is_not_known_of_given_responses_is_nan_and_not_reported() -> None:
+    rollout = given_rollout(Weighted(), [[0, 1], [0]], [[2, 0], [3]], CPU)
+    assert rollout.logprobs[rollout.action_mask].isnan().all() and rollout.scores.isnan().all()
+    assert rollout.stopped.tolist() == [True, False]
+    assert rollout.metrics() == {"rollout/response_length": 1.5, "rollout/stopped": 0.5}
+    assert prompt_groups(given_rollout(Weighted(), [[0, 1], [0], [0, 1]], [[2], [2], [2]], CPU)).tolist() == [0, 1, 0]
+
+
+def test_every_example_comes_once_an_epoch() -> None:
+    epochs = Epochs(10, torch.Generator().manual_seed(0))
+    first, second = (torch.cat([epochs.take(4), epochs.take(4), epochs.take(2)]) for _ in range(2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+
+
+def test_pairs_are_never_split_and_weigh_the_same() -> None:
+    task = Weighted()
+    responses = [[1, 0], [2, 2, 2, 2], [1, 1, 1, 0], [0], [3], [3, 0]]
+    batch = given_rollout(task, [[0, 1]] * 6, responses, CPU, group_size=2)
+    parts = [part.tolist() for part in microbatches(batch, 12, 2)]
+    assert sorted(i for part in parts for i in part) == list(range(6))
+    assert len(parts) == 3 and all(part[0] % 2 == 0 and part[1] == part[0] + 1 for part in parts)
+
+    def run(tokens: int) -> tuple[dict[str, float], list[torch.Tensor]]:
+        agent = BestOfN(textrl.TextEnv(task), small_model(4, 6, 0), device="cpu", max_tokens_per_microbatch=tokens)
+        agent.optimizer.step = lambda: 0.0  # type: ignore[method-assign]
+
+        def loss(piece: Rollout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            sums = agent.logprobs(piece).sum(1).view(-1, 2)
+            value = (sums[:, 0] - 2 * sums[:, 1]).mean()
+            return value, {"again": value}
+
+        numbers = agent.minimise(loss, batch, mean_over="groups")
+        return numbers, [p.grad.clone() for p in agent.model.parameters()]
+
+    whole, split = run(10_000), run(12)
+    assert whole[0]["loss"] == pytest.approx(split[0]["loss"], abs=1e-5)
+    assert split[0]["again"] == split[0]["loss"]
+    for a, b in zip(whole[1], split[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# ---- losses by hand --------------------------------------------------------------------------------------------
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_dpo_and_ipo_losses_by_hand() -> None:
+    margins = torch.tensor([2.0, -1.0])
+    expected = -(math.log(sigmoid(1.0)) + math.log(sigmoid(-0.5))) / 2
+    assert float(sigmoid_loss(margins, 0.5)) == pytest.approx(expected, abs=1e-6)
+    smooth = [-0.9 * math.log(sigmoid(x)) - 0.1 * math.log(sigmoid(-x)) for x in (1.0, -0.5)]
+    assert float(sigmoid_loss(margins, 0.5, 0.1)) == pytest.approx(sum(smooth) / 2, abs=1e-6)
+    assert float(ipo_loss(margins, 0.25)) == pytest.approx((0.0 + 9.0) / 2, abs=1e-6)  # 1 / (2 * 0.25) = 2
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("sigmoid", 0.3), ("ipo", 0.3)])
+def test_one_step_of_dpo_is_the_gradient_step_worked_by_hand(loss: str, beta: float) -> None:
+    task = Weighted()
+    ref = reference(task, 0)
+    env = textrl.TextEnv(task, reference=ref, kl_coef=beta)
+    start = small_model(4, 6, 1)
+    pairs = [
+        {"prompt": "a", "chosen": "ab", "rejected": "c"},
+        {"prompt": "b", "chosen_ids": [3, 0], "rejected_ids": [1, 1, 1, 1]},
+    ]
+    agent = DPO(env, copy.deepcopy(start), dataset=pairs, loss=loss, batch_size=2, device="cpu")
+    assert agent.beta == beta
+    metrics = agent.update(agent.collect())
+
+    sides = [[[0, 1, 1, 2, 0], [0, 1, 3, 0]], [[0, 2, 3, 0], [0, 2, 1, 1, 1, 1]]]  # after the begin token
+
+    def logprob(model: Any, ids: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return torch.stack([logits[i - 1, ids[i]] for i in range(2, len(ids))]).sum()
+
+    margins = []
+    for chosen, rejected in sides:
+        ratios = [logprob(start, ids) - logprob(ref, ids).detach() for ids in (chosen, rejected)]
+        margins.append(ratios[0] - ratios[1])
+    if loss == "sigmoid":
+        expected = sum(-torch.log(torch.sigmoid(beta * h)) for h in margins) / 2
+    else:
+        expected = sum((h - 1 / (2 * beta)) ** 2 for h in margins) / 2
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(expected, list(start.parameters()))]).norm()
+    assert metrics["train/loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert metrics["train/accuracy"] == pytest.approx(sum(h.item() > 0 for h in margins) / 2)
+    assert metrics["train/margin"] == pytest.approx(beta * sum(margins).item() / 2, abs=1e-5)
+
+
+def test_advantage_weights_by_hand() -> None:
+    returns, groups = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 0, 1])
+    weights = advantage_weights(returns, groups, 2.0, 1e9)
+    mean = (math.exp(0.5) + math.exp(1.5)) / 2
+    everyone = (math.exp(0.5) + math.exp(1.5) + 1) / 3
+    expected = [math.exp(0.5) / mean, math.exp(1.5) / mean, 1 / everyone]
+    assert weights.tolist() == pytest.approx(expected, abs=1e-6)
+    assert advantage_weights(returns, groups, 0.1, 1.5).max() == 1.5
+    assert advantage_weights(returns * 1e4, groups, 0.01, 10.0).isfinite().all()
+
+
+def test_the_best_share_by_hand() -> None:
+    returns, groups = torch.tensor([1.0, 3.0, 2.0, 2.0, 9.0, 8.0]), torch.tensor([0, 0, 0, 0, 1, 1])
+    assert best_of_each(returns, groups, 0.25).tolist() == [0, 1, 0, 0, 1, 0]
+    assert best_of_each(returns, groups, 0.5).tolist() == [0, 1, 1, 1, 1, 0]  # ties stay
+
+
+def test_truncated_importance_loss_by_hand() -> None:
+    new, old = torch.tensor([-1.0, -2.0]).requires_grad_(), torch.tensor([-1.0, -2.0 - math.log(4)])
+    returns = torch.tensor([1.0, 4.0])
+    loss = truncated_importance_loss(new, old, returns, 2.0)
+    baseline = (1 * 1 + 2 * 4) / 3  # ratios 1, and 4 cut to 2
+    assert float(loss.detach()) == pytest.approx(-(1 * (1 - baseline) * -1 + 2 * (4 - baseline) * -2) / 2, abs=1e-5)
+    loss.backward()
+    assert new.grad is not None
+    assert new.grad.tolist() == pytest.approx([-(1 - baseline) / 2, -(4 - baseline)], abs=1e-5)
+
+
+def test_the_filter_of_rest_by_hand() -> None:
+    returns, groups = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1])
+    assert keep_probabilities(returns, groups, 0.5, 0.0).tolist() == [0, 1, 1, 1, 1]
+    soft = keep_probabilities(returns, groups, 0.5, 0.5).tolist()
+    assert soft == pytest.approx([math.exp(-2), 1, 1, 1, 1])
+    assert keep_probabilities(returns, groups, 1.0, 0.5).tolist() == pytest.approx(
+        [math.exp(-4), math.exp(-2), 1, 1, 1]
+    )
+
+
+def test_best_of_n_by_hand() -> None:
+    assert best_of_groups(torch.tensor([1.0, 3.0, 3.0, 7.0, 2.0, 0.0]), 3).tolist() == [1, 3]
+    assert kl_bound(1) == 0
+    assert kl_bound(4) == pytest.approx(math.log(4) - 0.75)
+
+
+# ---- the agents ------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_asked_once_or_brought_along() -> None:
+    task = Weighted()
+    ref = reference(task, 0)
+    env = textrl.TextEnv(task, reference=ref, kl_coef=0.1)
+    pairs = bradley_terry(env, ref, 8, 0)
+    agent = DPO(env, copy.deepcopy(ref), dataset=pairs, batch_size=8, device="cpu")
+    rollout = agent.collect()
+    asked = torch.tensor([row["ref_logprob"] for row in rollout.rows])
+    expected = batched_logprobs(CausalPolicy(ref, 4), rollout, 1000).sum(1)
+    torch.testing.assert_close(asked, expected, atol=1e-5, rtol=0)
+    metrics = agent.update(rollout)
+    assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-5)  # the model is the reference still
+    brought = pairs.add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-2.0] * 8)
+    other = DPO(textrl.TextEnv(task), copy.deepcopy(ref), dataset=brought, batch_size=8, device="cpu")
+    assert [row["ref_logprob"] for row in other.collect().rows] == [-1.0, -2.0] * 8
+
+
+def test_without_a_reference_dpo_starts_from_its_own_model(tmp_path: Any) -> None:
+    task = Weighted()
+    pairs = bradley_terry(textrl.TextEnv(task), small_model(4, 6, 0), 16, 0)
+    agent = DPO(textrl.TextEnv(task), small_model(4, 6, 0), dataset=pairs, batch_size=8, device="cpu")
+    assert agent.beta == 0.1
+    agent.learn(60)
+    agent.save(tmp_path / "dpo")
+    again = DPO.load(tmp_path / "dpo", textrl.TextEnv(task), dataset=pairs)
+    with pytest.raises(ValueError, match="reference is not known any more"):
+        again.collect()
+    used = DPO.load(tmp_path / "dpo", textrl.TextEnv(task))
+    assert used.generate(["a"], deterministic=True) == agent.generate(["a"], deterministic=True)
+    with pytest.raises(ValueError, match="dataset must be given for DPO to learn"):
+        used.learn(10)
+
+
+def test_rest_rests_at_the_optimum() -> None:
+    """At the optimum every response has the same return, and everything is kept."""
+    task = Weighted()
+    ref = reference(task, 0)
+    env = textrl.TextEnv(task, reference=ref, kl_coef=0.3)
+    agent = ReST(env, textrl.solve(task, ref, 0.3).model(), device="cpu", learning_rate=0.0)
+    assert agent.update(agent.collect())["train/kept"] > 0.99
+    elsewhere = ReST(env, copy.deepcopy(ref).requires_grad_(True), device="cpu", learning_rate=0.0)
+    assert elsewhere.update(elsewhere.collect())["train/kept"] < 0.7
+
+
+def test_the_best_of_n_scores_as_the_maximum_of_n_draws() -> None:
+    task = Weighted()
+    model = reference(task, 0)
+    env = textrl.TextEnv(task)
+    agent = BestOfN(env, model, n=4, batch_size=2000, device="cpu")
+    before = copy.deepcopy(model.state_dict())
+    metrics: list[dict[str, float]] = []
+    agent.learn(1, callback=lambda _, numbers: metrics.append(numbers))
+    singles = sample(env, model, 8000, 1, group_size=4).scores.view(-1, 4).amax(1)
+    error = float(singles.std()) * math.sqrt(2 / 2000)
+    assert abs(metrics[0]["rollout/score"] - float(singles.mean())) < 4 * error
+    assert metrics[0]["train/kl_bound"] == pytest.approx(math.log(4) - 0.75)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    many = BestOfN(env, model, n=300, device="cpu").generate(["a", "b"])
+    greedy = [max(sample(env, model, 2000, 2).scores).item()]
+    assert max(task.score(["a", "b"], many)) == pytest.approx(greedy[0], abs=0.3)
+
+
+def make(name: str, env: textrl.TextEnv, ref: Any, seed: int, **settings: Any) -> textrl.Agent:
+    model = copy.deepcopy(ref).requires_grad_(True)
+    common = {"learning_rate": 1e-3, "batch_size": 64, "seed": seed, "device": "cpu", **settings}
+    if name == "DPO":
+        return DPO(env, model, dataset=bradley_terry(env, ref, 4096, seed), **common)
+    if name == "ReST":
+        return ReST(env, model, **common)
+    return BPO(env, model, dataset=sample(env, ref, 8192, seed), **common)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "settings", "share"),
+    [
+        ("DPO", {}, 0.8),
+        ("BPO", {}, 0.8),
+        ("BPO", {"weighting": "tis"}, 0.8),
+        ("ReST", {}, 0.85),
+    ],
+)
+def test_agents_reach_their_share_of_the_exact_optimum(
+    name: str, settings: dict[str, Any], share: float, seed: int
+) -> None:
+    task = Weighted(seed)
+    ref = reference(task, seed)
+    env = textrl.TextEnv(task, reference=ref, kl_coef=0.2)
+    agent = make(name, env, ref, seed, **settings)
+    agent.learn(200_000)
+    assert evaluate_exact(task, agent.model, ref, 0.2).share >= share
+
+
+def test_filtering_the_best_share_raises_the_score() -> None:
+    task = Weighted()
+    ref = reference(task, 0)
+    env = textrl.TextEnv(task, reference=ref)
+    agent = make("BPO", env, ref, 0, weighting="filter")
+    agent.learn(15_000)
+    found = evaluate_exact(task, agent.model, ref)
+    logged = sample(env, ref, 8192, 0)
+    best = best_of_each(logged.scores, prompt_groups(logged), 0.1) > 0
+    assert found.score > 0.8 * float(logged.scores[best].mean())
+    assert found.start < 0
+
+
+def test_sft_learns_to_say_the_responses() -> None:
+    rows = [{"prompt": "a", "completion": "bc"}, {"prompt": "b", "completion": "cab"}]
+    agent = SFT(textrl.TextEnv(Weighted()), dataset=rows, learning_rate=1e-2, batch_size=8, device="cpu")
+    agent.learn(2000)
+    assert agent.generate(["a", "b"], deterministic=True) == ["bc", "cab"]
+
+
+def test_what_is_wrong_is_said() -> None:
+    env = textrl.TextEnv(Weighted())
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for message, bad in [
+        ("beta must be above 0; got 0", {"beta": 0}),
+        ('loss must be "sigmoid" or "ipo"', {"loss": "hinge"}),
+        ("label_smoothing must be from 0 to below 0.5", {"label_smoothing": 0.5}),
+        ('dataset row 0 must have a text under "rejected"', {"dataset": [{"prompt": "a", "chosen": "b"}]}),
+        ('dataset row 0 must have a text under "prompt"', {"dataset": [{"chosen": "b", "rejected": "c"}]}),
+        ('column "chosen_ids" must be 1 to 4 token ids below 4', {"dataset": [{**pair, "chosen_ids": [4]}]}),
+        ("dataset must be a dataset with at least one row", {"dataset": []}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DPO(env, **{"dataset": [pair], **bad})
+    with pytest.raises(ValueError, match="weighting must be one of"):
+        BPO(env, weighting="best", dataset=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match='episodes with logged log-probabilities for "tis"'):
+        BPO(env, weighting="tis", dataset=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="quantiles must be rising numbers from 0 to 1"):
+        ReST(env, quantiles=(0.9, 0.5))
+    with pytest.raises(ValueError, match="left alone for BestOfN"):
+        BestOfN(env).generate(["a"], temperature=0.5)
