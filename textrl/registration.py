@@ -31,6 +31,12 @@ BUILT_IN = {
 }
 """Adding an environment is one file in envs/ and one line here."""
 
+
+
+class UnknownArgument(TypeError, ValueError):
+    """A task was given an argument it does not take; a `TypeError` too, because clients probe for arguments so."""
+
+
 _registered: dict[str, str | type[Task]] = {}
 
 
@@ -98,14 +104,16 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
     """An instance of a task.
 
     Raises:
-        ValueError: for an argument its constructor does not take, naming those it does.
+        UnknownArgument: for an argument its constructor does not take, naming those it does.
     """
     cls = task_class(task)
     parameters = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in kwargs:
             if name not in parameters:
-                raise ValueError(f"{name!r} is not an argument of {cls.__name__}; there are {list(parameters)}")
+                raise UnknownArgument(
+                    f"{cls.__name__} got an unexpected keyword argument '{name}'; there are {list(parameters)}"
+                )
     return cls(**kwargs)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def task_of(env: AnyEnv) -> Task:
     return task
 
 
-class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]]):
+class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]], RecordConstructorArgs):
     """Observations as text: the prompt and the response so far, in one string.
 
     Characters that no single token holds (parts of them are spread over several tokens) are shown as U+FFFD, so that
@@ -43,7 +44,8 @@ class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]]):
     """
 
     def __init__(self, env: gym.Env[NDArray[np.int64], Any]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gym.ObservationWrapper.__init__(self, env)
         self.task = task_of(env)
         pieces = self.task.decode([[token] for token in range(self.task.vocab_size)])
         self._known = frozenset("".join(pieces)) | {UNKNOWN}
@@ -62,7 +64,7 @@ def one_hot(observations: NDArray[np.int64], vocab_size: int) -> NDArray[np.floa
     return (observations[..., None] == np.arange(vocab_size)).astype(np.float32)  # type: ignore[no-any-return]
 
 
-class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray[np.int64]]):
+class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray[np.int64]], RecordConstructorArgs):
     """Observations as (L, V) float32, one-hot; zeros where nothing is written.
 
     Args:
@@ -70,7 +72,8 @@ class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray
     """
 
     def __init__(self, env: gym.Env[NDArray[np.int64], Any]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gym.ObservationWrapper.__init__(self, env)
         self._vocab_size = task_of(env).vocab_size
         shape = (*(env.observation_space.shape or ()), self._vocab_size)
         self.observation_space = gym.spaces.Box(0, 1, shape, np.float32)  # type: ignore[assignment]
@@ -119,7 +122,7 @@ class _Penalty:
         return -self.kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
 
 
-class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any]):
+class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
     """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
 
     pi is `env.unwrapped.policy`; while that is None, `+kl_coef * log pi_ref` is added.
@@ -138,7 +141,9 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any]):
         kl_coef: float,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(env)
+        settings = {"reference": reference, "kl_coef": kl_coef, "temperature": temperature}
+        RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **settings)
+        gym.Wrapper.__init__(self, env)
         self._penalty = _Penalty(env, reference, kl_coef, temperature)
         self._observation: NDArray[np.int64] | None = None
 
