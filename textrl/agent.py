@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class AgentConfig:
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
 
     def __post_init__(self) -> None:
-        """Checks the ranges that all agents share."""
+        """Checks the types of all settings and the ranges of those that all agents share."""
+        for each in dataclasses.fields(self):
+            check_type(each.name, getattr(self, each.name), str(each.type))
         for name in ("batch_size", "max_tokens_per_microbatch"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         rate = self.learning_rate
@@ -80,6 +83,27 @@ def check(name: str, value: Any, fine: bool, right: str) -> None:
         raise ValueError(f"{name} must be {right}; got {value!r}")
 
 
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Checks a setting against its annotation, a union of int, float, bool, str and None; others are let pass.
+
+    Raises:
+        ValueError: naming the setting, its value and what would be right.
+    """
+    words = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text", "None": "None"}
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not set(kinds) <= set(words):
+        return
+    truth = isinstance(value, (bool, np.bool_))
+    fits = {
+        "int": isinstance(value, numbers.Integral) and not truth,
+        "float": isinstance(value, numbers.Real) and not truth,
+        "bool": truth,
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
+
+
 def make_config(config_class: type[AgentConfig], config: AgentConfig | None, settings: Mapping[str, Any]) -> Any:
     """A config from its class and keyword settings.
 
@@ -87,14 +111,11 @@ def make_config(config_class: type[AgentConfig], config: AgentConfig | None, set
         ValueError: for a setting that does not exist, with the nearest name, or one of the wrong type.
     """
     known = {f.name: f for f in dataclasses.fields(config_class)}
-    for name, value in settings.items():
+    for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
             raise ValueError(f"{name!r} is not a setting of {config_class.__name__}{hint}")
-        default = known[name].default
-        if type(default) in (int, float) and (isinstance(value, (str, bytes)) or value is None):
-            raise ValueError(f"{name} must be a number; got {value!r}")
     if config is None:
         return config_class(**settings)
     if not isinstance(config, config_class):
@@ -188,7 +209,8 @@ class Agent:
     def _load(self, model: PreTrainedModel | str | Path | None) -> PreTrainedModel:
         length = self.task.max_prompt_tokens + self.task.max_new_tokens
         if model is None:
-            return small_model(self.task.vocab_size, length, self.config.seed).to(self.device)
+            dtype = pick_dtype(self.config.dtype, self.device)
+            return small_model(self.task.vocab_size, length, self.config.seed).to(self.device, dtype)
         loaded = load_model(model, self.tokenizer)
         if loaded is self.base.reference:
             raise ValueError("model and the environment's reference are one object: pass copy.deepcopy(model) as one")

@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         if rest and options.command not in ("train", "rlhf"):
             raise ValueError(f"unknown argument {rest[0]!r}; see textrl {options.command} --help")
         options.rest = rest
+        if options.command in ("train", "evaluate", "rlhf"):
+            quiet_libraries()
         options.run(options)
     except (ValueError, OSError, gym.error.Error, ImportError) as error:
         sys.stderr.write(f"textrl: error: {' '.join(str(error).split())}\n")
@@ -68,6 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("textrl: interrupted\n")
         return 130
     return 0
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to us: no bars and no advice of transformers and datasets, errors only."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 # ---- envs and agents -----------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""The command line: what it prints, what it leaves, and one line for what the user got wrong."""
+
+import json
+import re
+
+import pytest
+
+from textrl import cli
+from textrl.registration import registered
+
+
+def run(capsys, *arguments):
+    code = cli.main(list(arguments))
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_envs_lists_every_id(capsys):
+    code, out, _ = run(capsys, "envs")
+    assert code == 0
+    assert all(id in out for id in registered() if id.startswith("textrl/"))
+    line = next(line for line in out.splitlines() if "textrl/Copy-v0" in line)
+    assert re.search(r"\s4\s+4\s+121\s", line), "vocabulary, horizon, responses"
+
+
+def test_agents_lists_every_agent_with_its_paper(capsys):
+    code, out, _ = run(capsys, "agents")
+    assert code == 0
+    assert re.search(r"ppo +PPO: .*Schulman 2017", out)
+    assert all(name.lower() in out for name in cli.agent_classes())
+
+
+def test_train_then_evaluate(capsys, tmp_path):
+    folder = str(tmp_path / "run")
+    flags = ["--env", "textrl/Copy-v0", "--env-arg", "length=2", "--env-arg", "symbols=ab", "--batch-size", "16"]
+    train = ["train", "ppo", *flags, "--total-timesteps", "300", "--log-dir", folder, "--clip-coef", "0.1"]
+    code, out, err = run(capsys, *train)
+    assert (code, err) == (0, "")
+    assert "iter" in out
+    assert json.loads((tmp_path / "run/final/agent.json").read_text())["config"]["clip_coef"] == 0.1
+    assert {"run.json", "progress.csv", "final"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    code, out, _ = run(capsys, "evaluate", folder, "--episodes", "50", "--json")
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["episodes"] == 50
+    assert 0 <= figures["score"] <= 1
+    code, _, err = run(capsys, *train)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds a run already" in err
+
+
+def test_an_agent_of_ones_own(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import textrl\n"
+        "class Nothing(textrl.Agent):\n"
+        "    def update(self, rollout):\n"
+        "        return {'train/seen': float(len(rollout))}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, _, err = run(capsys, "train", "mine:Nothing", "--env", "textrl/Vowels-v0", "--total-timesteps", "10", "--quiet")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "runs/vowels-v0-nothing-0/final/agent.json").exists()
+
+
+COPY = ["--env", "textrl/Copy-v0"]
+BAD = {
+    "unknown env 'textrl/Copi-v0'; did you mean textrl/Copy-v0": ["train", "ppo", "--env", "textrl/Copi-v0"],
+    "unknown agent 'poo'; did you mean ppo": ["train", "poo", *COPY],
+    "--env is missing": ["train", "ppo"],
+    "agent 'nowhere:X' cannot be imported": ["train", "nowhere:X", *COPY],
+    "agent must be a subclass of textrl.Agent": ["train", "textrl.task:Task", *COPY],
+    "model 'no/such/folder' is neither a folder": ["train", "ppo", *COPY, "--model", "no/such/folder"],
+    "kl_coef=0.1 needs a reference": ["train", "ppo", *COPY, "--kl-coef", "0.1"],
+    "--total-timesteps must be at least 1; got 0": ["train", "ppo", *COPY, "--total-timesteps", "0"],
+    "--env-arg must be NAME=VALUE; got 'length'": ["train", "ppo", *COPY, "--env-arg", "length"],
+    "'lengh' is not an argument of Copy": ["train", "ppo", *COPY, "--env-arg", "lengh=3"],
+    "clip_coef must be above 0 and below 1; got 3.0": ["train", "ppo", *COPY, "--clip-coef", "3"],
+    "--dataset must be a file": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
+    "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],
+    "minutes must be above 0; got 0.0": ["rlhf", "--minutes", "0"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_the_user_got_wrong_is_one_line_and_writes_nothing(message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = run(capsys, *BAD[message])
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["train"], ["train", "ppo", *COPY, "--clip-coef", "x"], ["envs", "--x"]])
+def test_wrong_usage_exits_with_2_and_one_line(arguments, capsys):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,60 @@
+"""The README's code runs as it stands, and its custom agent from the command line too."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+
+import textrl
+from textrl import cli
+from textrl.policy import small_model
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the examples take as given: a tokenizer, prompts, a reward function, a model."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = textrl.symbol_tokenizer("ab ")
+    model = small_model(len(tokenizer), 64)
+    (tmp_path / "path/or").mkdir(parents=True)
+    model.save_pretrained(tmp_path / "path/or/name")
+    return {
+        "tok": tokenizer,
+        "prompts": ["a", "ab ba"],
+        "fn": lambda prompts, completions, **columns: [float(c.count("a")) for c in completions],
+        "model": copy.deepcopy(model),
+    }
+
+
+def test_the_readmes_python_runs(names, capsys):
+    assert len(BLOCKS) == 3
+    for block in BLOCKS:
+        exec(compile(block.replace("100_000", "500"), "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert re.search(r"\['[ae]{5,6}'\]", said), "the agent of twenty lines has learned to say vowels"
+    assert Path("runs/a/final/model.safetensors").exists()
+
+
+def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
+    agent = BLOCKS[1][: BLOCKS[1].index("agent = ")]
+    assert agent.strip().count("\n") < 25
+    (tmp_path / "mine.py").write_text("import textrl\n" + agent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = "train mine:Plain --env textrl/Copy-v0 --total-timesteps 500 --log-dir runs/mine --quiet"
+    assert cli.main(command.split()) == 0
+    assert cli.main(["evaluate", "runs/mine", "--episodes", "20"]) == 0
+    assert "score" in capsys.readouterr().out
+
+
+def test_the_commands_in_the_readme_exist():
+    commands = set(re.findall(r"^textrl (\w+)", README, re.MULTILINE))
+    assert commands >= {"envs", "agents", "train", "evaluate", "rlhf"}
+    for command in commands:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([command, "--help"])
+        assert exit.value.code == 0
