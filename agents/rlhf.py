@@ -49,23 +49,22 @@ class RLHFConfig:
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
     trainable_layers: int = 8  # the last so many blocks learn, in every step
+    max_words: int = 20  # longer sentences are not learned from: they cost most and do not fit the horizon
     opening_words: int = 4  # words of a review that are given as the prompt
     max_new_tokens: int = 24  # horizon
     temperature: float = 0.8  # of policy and reference, in sampling and in the updates
-    sft_timesteps: int = 40_000  # tokens of SFT
+    sft_timesteps: int = 32_000  # tokens of SFT
     sft_batch_size: int = 32  # sentences a step
-    sft_max_tokens: int = 48  # longer sentences are cut
     sft_learning_rate: float = 3e-4  # step size of SFT
     reward_pairs: int = 1760  # pairs the reward model learns from
     reward_batch_size: int = 16  # pairs a step
     reward_learning_rate: float = 2e-4  # step size of the reward model
-    reward_max_words: int = 20  # longer sentences are left out of the pairs to learn from: they cost most
     pair_gap: float = 1.0  # least difference of the mean ratings of a pair
-    ppo_timesteps: int = 23_000  # tokens of PPO
+    ppo_timesteps: int = 13_000  # tokens of PPO
     ppo_batch_size: int = 64  # episodes an iteration
     ppo_epochs: int = 1  # passes over each batch
     ppo_learning_rate: float = 4e-4  # step size of policy and critic
-    kl_coef: float = 0.05  # weight of the KL penalty
+    kl_coef: float = 0.1  # weight of the KL penalty
     eval_episodes: int = 256  # held-out openings for the report
     eval_pairs: int = 1000  # held-out pairs for the report
 
@@ -165,6 +164,10 @@ class _Run:
         """Movie-review sentences."""
         return self.ratings.filter(lambda row: row["split"] in splits and row["source"] == "movie")
 
+    def short(self, text: str) -> bool:
+        """Whether a sentence is short enough to learn from."""
+        return len(text.split()) <= self.config.max_words
+
     def env(self, prompts: Sequence[str], reward: Any, reference: PreTrainedModel | None, horizon: int) -> Any:
         """`textrl/Text-v0` on these prompts."""
         return gym.make(
@@ -206,8 +209,8 @@ class _Run:
     def sft(self, folder: Path) -> None:
         """Step 1: review sentences, from their first word to the end token."""
         config = self.config
-        rows = [{"prompt": "", "completion": text} for text in self.sentences("train")["text"]]
-        env = self.env([""], lambda completions: [0.0] * len(completions), None, config.sft_max_tokens)
+        rows = [{"prompt": "", "completion": text} for text in self.sentences("train")["text"] if self.short(text)]
+        env = self.env([""], lambda completions: [0.0] * len(completions), None, 2 * config.max_words)
         agent = SFT(
             env,
             self.base,
@@ -223,8 +226,7 @@ class _Run:
         """Step 2: pairs of sentences that people rated apart; scores of mean 0, std 1 on the SFT model's samples."""
         config, sft = self.config, self.load("sft")
         model = RewardModel.from_language_model(sft, self.tokenizer, seed=config.seed)
-        limit = config.reward_max_words
-        train = self.ratings.filter(lambda row: row["split"] == "train" and len(row["text"].split()) <= limit)
+        train = self.ratings.filter(lambda row: row["split"] == "train" and self.short(row["text"]))
         pairs = rating_pairs(train, config.pair_gap, self.planned(config.reward_pairs), config.seed)
         settings = RewardModelConfig(
             learning_rate=config.reward_learning_rate,
