@@ -13,7 +13,14 @@ from textrl.envs.copy import Copy
 from textrl.envs.text import Text
 from textrl.policy import small_model
 from textrl.stepwise import frozen_reference
-from textrl.wrappers import KLPenalty, OneHotObservation, TextObservation, VectorKLPenalty, VectorOneHotObservation
+from textrl.wrappers import (
+    KLPenalty,
+    NumericInfo,
+    OneHotObservation,
+    TextObservation,
+    VectorKLPenalty,
+    VectorOneHotObservation,
+)
 
 MODES = list(AutoresetMode)
 
@@ -47,6 +54,12 @@ def test_one_hot_observations():
     observations, _ = envs.reset(options={"prompt": "b"})
     np.testing.assert_array_equal(observations, np.stack([observation] * 2))
     assert observations in envs.observation_space
+
+
+def test_numeric_info():
+    env = NumericInfo(textrl.TextEnv(Copy()))
+    env.reset()
+    assert list(env.step(0)[4]) == ["score"]
 
 
 @pytest.mark.parametrize("policy", [False, True])

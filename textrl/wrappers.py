@@ -59,6 +59,24 @@ class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]], Recor
         return "".join(c if c in self._known else UNKNOWN for c in text)
 
 
+class NumericInfo(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
+    """Leaves the texts out of `info`: Tianshou stores infos in arrays, and takes a text that is missing for a NaN.
+
+    Args:
+        env: a single environment.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+
+    def step(self, action: Any) -> tuple[NDArray[np.int64], Any, bool, bool, Info]:
+        """The step of the environment with the numbers of its info."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        numbers = {key: value for key, value in info.items() if not isinstance(value, str)}
+        return observation, reward, terminated, truncated, numbers
+
+
 def one_hot(observations: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
     """Token ids (..., L) -> (..., L, V): a one for each token, zeros where nothing is written."""
     return (observations[..., None] == np.arange(vocab_size)).astype(np.float32)  # type: ignore[no-any-return]
