@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log pi - log pi_ref: unbiased for KL(pi || pi_ref) under samples of pi, may be negative. Any shape."""
+    """Log pi - log pi_ref: unbiased for KL(pi || pi_ref) under samples of pi, may be negative. Any shape."""
     return logprobs - ref_logprobs
 
 
