@@ -56,7 +56,7 @@ class RLHFConfig:
     sft_timesteps: int = 32_000  # tokens of SFT
     sft_batch_size: int = 32  # sentences a step
     sft_learning_rate: float = 3e-4  # step size of SFT
-    reward_pairs: int = 1760  # pairs the reward model learns from
+    reward_pairs: int = 2800  # pairs the reward model learns from
     reward_batch_size: int = 16  # pairs a step
     reward_learning_rate: float = 2e-4  # step size of the reward model
     pair_gap: float = 1.0  # least difference of the mean ratings of a pair

@@ -316,7 +316,7 @@ def values_at(
         states = states_above(model, below, blocks)
     else:
         states = model.base_model(input_ids=tokens).last_hidden_state  # (B, S, d)
-    return model.score(states[rows, columns])[..., 0].float()  # type: ignore[no-any-return]
+    return nn.functional.linear(states[rows, columns].float(), model.score.weight.float())[..., 0]
 
 
 def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:

@@ -130,16 +130,25 @@ class RewardModel:
 
     def accuracy(self, pairs: Dataset) -> float:
         """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
+        chosen, rejected = _whole(pairs[:])
+        texts = list(dict.fromkeys(chosen + rejected))  # a text may be in many pairs
         with torch.no_grad():
-            chosen, rejected = self._both(pairs[:])
-        return float(((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean())
+            scores = dict(zip(texts, self.scalars(texts).tolist(), strict=True))
+        differences = np.array([scores[c] - scores[r] for c, r in zip(chosen, rejected, strict=True)])
+        return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
 
-    def _both(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
-        """Scalars of chosen and rejected, (B,) each, from one pass over both."""
-        chosen = [p + c for p, c in zip(pairs["prompt"], pairs["chosen"], strict=True)]
-        rejected = [p + r for p, r in zip(pairs["prompt"], pairs["rejected"], strict=True)]
+    def pair_scalars(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
+        """The raw scalars of the chosen and the rejected texts, (B,) each, from one pass over both."""
+        chosen, rejected = _whole(pairs)
         both = self.scalars(chosen + rejected)
         return both[: len(chosen)], both[len(chosen) :]
+
+
+def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Prompt and response together, the chosen and the rejected ones."""
+    columns = zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)
+    chosen, rejected = zip(*((p + c, p + r) for p, c, r in columns), strict=True)
+    return list(chosen), list(rejected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +193,7 @@ def train_reward_model(
         )
     train_last_layers(reward_model.model, config.trainable_layers)
     optimizer = Optimizer(
-        trainable(reward_model.model), config.learning_rate, config.max_grad_norm, config.weight_decay
+        trainable(reward_model.model), config.learning_rate, config.max_grad_norm, config.weight_decay, eps=1e-8
     )
     rng = np.random.default_rng(config.seed)
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(config.epochs)])
@@ -192,7 +201,7 @@ def train_reward_model(
     with RunLog(log_dir, progress_bar, len(order), "reward model", unit="pairs") as log:
         for step, batch in enumerate(batches):
             optimizer.learning_rate = config.learning_rate * (1 - step / len(batches))
-            chosen, rejected = reward_model._both(pairs[batch])
+            chosen, rejected = reward_model.pair_scalars(pairs[batch])
             loss = preference_loss(chosen, rejected)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {
