@@ -66,8 +66,7 @@ class SFT(Agent):
             names = set(dataset[0])
             check("dataset", sorted(names), {"prompt", "completion"} <= names, 'rows with "prompt" and "completion"')
         self._examples = [
-            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token)
-            for row in dataset or []
+            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token) for row in dataset or []
         ]
         self._epochs = Epochs(len(self._examples), self.generator)
 

@@ -188,7 +188,10 @@ BAD = [
     (lambda: PPO(gym.make(ID)).generate(["xyz"]), r"prompt has text that the tokenizer does not know: 'xyz'"),
     (lambda: gym.make(ID, kl_coef=0.1), r"kl_coef=0.1 needs a reference"),
     (lambda: gym.make("textrl/Text-v0", prompts=[]), r"prompts is empty"),
-    (lambda: gym.make("textrl/Text-v0", prompts=["ab" * 99], max_prompt_tokens=9), r"prompt is 199 tokens long, longer"),
+    (
+        lambda: gym.make("textrl/Text-v0", prompts=["ab" * 99], max_prompt_tokens=9),
+        r"prompt is 199 tokens long, longer",
+    ),
 ]
 
 

@@ -58,7 +58,9 @@ def test_an_agent_of_ones_own(capsys, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, _, err = run(capsys, "train", "mine:Nothing", "--env", "textrl/Vowels-v0", "--total-timesteps", "10", "--quiet")
+    code, _, err = run(
+        capsys, "train", "mine:Nothing", "--env", "textrl/Vowels-v0", "--total-timesteps", "10", "--quiet"
+    )
     assert (code, err) == (0, "")
     assert (tmp_path / "runs/vowels-v0-nothing-0/final/agent.json").exists()
 
@@ -93,7 +95,9 @@ def test_what_the_user_got_wrong_is_one_line_and_writes_nothing(message, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["nope"], ["train"], ["train", "ppo", *COPY, "--clip-coef", "x"], ["envs", "--x"]])
+@pytest.mark.parametrize(
+    "arguments", [["nope"], ["train"], ["train", "ppo", *COPY, "--clip-coef", "x"], ["envs", "--x"]]
+)
 def test_wrong_usage_exits_with_2_and_one_line(arguments, capsys):
     try:
         code = cli.main(arguments)

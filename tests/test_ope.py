@@ -108,8 +108,14 @@ def test_doubly_robust_with_the_true_values_has_only_the_variance_of_the_prompts
     rollout = sample(env, logged, 24, 5)
     found = ope(rollout, other, env, q=true_q)
     with torch.no_grad():
-        expected = np.mean([value(row, []) for row in [r[:n] for r, n in zip(
-            rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)]])
+        expected = np.mean(
+            [
+                value(row, [])
+                for row in [
+                    r[:n] for r, n in zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)
+                ]
+            ]
+        )
     assert found.estimates["dr"].value == pytest.approx(expected, abs=1e-4)
     assert found.estimates["dr"].std_error < 0.2 * found.estimates["is"].std_error
 

@@ -47,12 +47,8 @@ def test_the_mean_is_that_of_the_ratings(folder: Path) -> None:
 def test_the_split_is_fixed_about_80_10_10_and_the_same_for_the_same_text(tmp_path: Path) -> None:
     n = 2000
     texts = [f"sentence {i}" for i in range(n)] + [f"Sentence  {i} " for i in range(n)]
-    (tmp_path / "tweets_GroundTruth.txt").write_text(
-        "".join(f"{i}\t0\t{text}\n" for i, text in enumerate(texts))
-    )
-    (tmp_path / "tweets_anonDataRatings.txt").write_text(
-        "".join(f"{i}\t0\t0\t[0, 0]\n" for i in range(2 * n))
-    )
+    (tmp_path / "tweets_GroundTruth.txt").write_text("".join(f"{i}\t0\t{text}\n" for i, text in enumerate(texts)))
+    (tmp_path / "tweets_anonDataRatings.txt").write_text("".join(f"{i}\t0\t0\t[0, 0]\n" for i in range(2 * n)))
     split = load_ratings(["tweet"], tmp_path)["split"][:]
     assert split[5:10] == ["train", "validation", "train", "validation", "test"]
     assert split[:n] == split[n:]

@@ -72,8 +72,12 @@ class AgentConfig:
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
         schedules = ("linear", "constant")
-        check("learning_rate_schedule", self.learning_rate_schedule, self.learning_rate_schedule in schedules,
-              f"one of {list(schedules)}")
+        check(
+            "learning_rate_schedule",
+            self.learning_rate_schedule,
+            self.learning_rate_schedule in schedules,
+            f"one of {list(schedules)}",
+        )
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
 
 
@@ -374,8 +378,11 @@ class Agent:
         logits = self.stepper(observations)
         masks = None
         if type(self.task).allowed_tokens is not Task.allowed_tokens:
-            masks = np.atleast_2d(self.env.get_wrapper_attr("action_masks")() if isinstance(self.env, gym.Env)
-                                  else self.base.action_masks())
+            masks = np.atleast_2d(
+                self.env.get_wrapper_attr("action_masks")()
+                if isinstance(self.env, gym.Env)
+                else self.base.action_masks()
+            )
         if self.narrows:
             masks = both_masks(masks, self.narrow(observations))
         uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)

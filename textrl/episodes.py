@@ -140,7 +140,7 @@ def read_episodes(
     rollout.rewards = rollout.spread(_flat([episode.rewards for episode in episodes]))
     for name, column in (("logprobs", "logprob"), ("ref_logprobs", "ref_logprob")):
         if all(episode.infos and column in episode.infos for episode in episodes):
-            setattr(rollout, name, rollout.spread(_flat([e.infos[column][-len(e):] for e in episodes])))
+            setattr(rollout, name, rollout.spread(_flat([e.infos[column][-len(e) :] for e in episodes])))
     return on_device(rollout, torch.device(device))
 
 
@@ -197,9 +197,7 @@ def _minari() -> Any:
     try:
         import minari
     except ImportError as error:
-        raise ImportError(
-            f"logged episodes need Minari ({error}): pip install 'gymnasium-textrl[offline]'"
-        ) from None
+        raise ImportError(f"logged episodes need Minari ({error}): pip install 'gymnasium-textrl[offline]'") from None
     return minari
 
 

@@ -109,8 +109,7 @@ def _cached(name: str, archive: Archive, build: Callable[[Path, Path], None]) ->
         raise
     except OSError as error:
         raise FetchError(
-            f"cannot make {folder}: {error}; "
-            "TEXTRL_CACHE must name a folder that can be written, with 1 GB free"
+            f"cannot make {folder}: {error}; TEXTRL_CACHE must name a folder that can be written, with 1 GB free"
         ) from error
     return folder
 

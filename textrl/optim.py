@@ -37,9 +37,7 @@ class Optimizer:
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters
         ]
-        self.adam = torch.optim.AdamW(
-            self.masters, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=True
-        )
+        self.adam = torch.optim.AdamW(self.masters, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=True)
         self.max_grad_norm = max_grad_norm
         self.skipped = 0
 

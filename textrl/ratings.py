@@ -85,9 +85,7 @@ def rating_pairs(ratings: Dataset, gap: float, n: int, seed: int = 0) -> Dataset
     upto = np.cumsum(count)
     total = int(upto[-1]) if len(upto) else 0
     if not 0 < n <= total:
-        raise ValueError(
-            f"n is {n}; with gap {gap} it must be from 1 to {total}, the number of pairs there are"
-        )
+        raise ValueError(f"n is {n}; with gap {gap} it must be from 1 to {total}, the number of pairs there are")
     drawn = np.asarray(random.Random(seed).sample(range(total), n))
     worse = np.searchsorted(upto, drawn, side="right")
     better = first[worse] + drawn - (upto - count)[worse]
@@ -183,20 +181,14 @@ def _rows(source: str, folder: Path) -> Iterator[dict[str, Any]]:
     if not good:
         raise ValueError(f"{folder / FILES[source]}_*.txt hold no row with a text and its ratings")
     if broken := len(texts) - good:
-        warnings.warn(
-            f"{source}: {broken} of {len(texts)} rows have no text or no ratings; skipped", stacklevel=2
-        )
+        warnings.warn(f"{source}: {broken} of {len(texts)} rows have no text or no ratings; skipped", stacklevel=2)
 
 
 def _lines(path: Path) -> list[list[str]]:
     """The tab-separated rows of a file: UTF-8, sometimes with a byte order mark, lines ending in CR LF."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder must hold the files of textrl.fetch.vader_sources()")
-    return [
-        line.split("\t")
-        for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        if line
-    ]
+    return [line.split("\t") for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line]
 
 
 def _clean(text: str) -> str:
@@ -210,7 +202,5 @@ def _parse_ratings(text: str) -> list[int]:
         values = json.loads(text)
     except ValueError:
         return []
-    good = (
-        isinstance(values, list) and len(values) > 1 and all(type(v) is int and -4 <= v <= 4 for v in values)
-    )
+    good = isinstance(values, list) and len(values) > 1 and all(type(v) is int and -4 <= v <= 4 for v in values)
     return values if good else []

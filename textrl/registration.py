@@ -32,7 +32,6 @@ BUILT_IN = {
 """Adding an environment is one file in envs/ and one line here."""
 
 
-
 class UnknownArgument(TypeError, ValueError):
     """A task was given an argument it does not take; a `TypeError` too, because clients probe for arguments so."""
 

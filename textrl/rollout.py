@@ -431,9 +431,7 @@ def _written(observation: NDArray[np.int64], task: Task) -> NDArray[np.int64]:
 
 
 def _stack(episodes: list[_Episode], task: Task, device: torch.device) -> Rollout:
-    tokens, prompt_lengths, mask = pad_responses(
-        [e.prompt for e in episodes], [e.actions for e in episodes], device
-    )
+    tokens, prompt_lengths, mask = pad_responses([e.prompt for e in episodes], [e.actions for e in episodes], device)
     rollout = Rollout(
         tokens=tokens,
         prompt_lengths=prompt_lengths,

@@ -47,9 +47,7 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
     if hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise ValueError(
-            f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}"
-        )
+        raise ValueError(f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}")
     if len(given) != len(prompts):
         raise ValueError(
             f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}"

@@ -189,9 +189,7 @@ class StepwiseLM:
         assert self._logits is not None
         return self._logits
 
-    def _advance(
-        self, observations: NDArray[np.int64], lengths: NDArray[np.int64], fresh: Any, grown: Any
-    ) -> Tensor:
+    def _advance(self, observations: NDArray[np.int64], lengths: NDArray[np.int64], fresh: Any, grown: Any) -> Tensor:
         policy, device = self.policy, self.policy.device
         batch, width = observations.shape
         clean = np.where(observations == self.fill, 0, observations)

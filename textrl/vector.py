@@ -148,9 +148,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     # ---- step -----------------------------------------------------------------------------------------------
 
-    def step(
-        self, actions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], Bools, Bools, Info]:
+    def step(self, actions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64], Bools, Bools, Info]:
         """Appends one token to each row.
 
         Args:
@@ -171,9 +169,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         resetting = self._ended
         again = resetting.nonzero()[0]
         if self.autoreset_mode == AutoresetMode.DISABLED:
-            assert len(again) == 0, (
-                f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}"
-            )
+            assert len(again) == 0, f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}"
         live = ~resetting
         rewards = np.zeros(self.num_envs)
         infos: Info = {}
