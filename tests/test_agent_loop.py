@@ -143,9 +143,9 @@ def test_save_and_load(tmp_path, critic):
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").decode([1, 2, 0], skip_special_tokens=True) == "ab"
     agent.save(tmp_path / "run" / "final")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["final"]
-    with pytest.raises(ValueError, match="holds a PPO, not a REINFORCE"):
+    with pytest.raises(ValueError, match=r"holds a PPO, not a REINFORCE"):
         REINFORCE.load(tmp_path / "run" / "final", env)
-    with pytest.raises(ValueError, match="agent.json"):
+    with pytest.raises(ValueError, match=r"agent\.json"):
         PPO.load(tmp_path, env)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

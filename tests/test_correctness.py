@@ -414,7 +414,7 @@ def test_one_metric_a_name():
 
 def test_rows_of_the_head_beyond_the_tokenizer_are_never_used():
     model = small_model(9, 64)
-    policy, rollout = rollout_of(model, textrl.TextEnv(Letters()), 64)
+    _, rollout = rollout_of(model, textrl.TextEnv(Letters()), 64)
     assert rollout.tokens.max() < 4
     rows, columns, targets = rollout.places()
     want = model(input_ids=rollout.tokens).logits[..., :4].log_softmax(-1)[rows, columns, targets]

@@ -33,7 +33,8 @@ from .policy import (
     train_last_layers,
     trainable,
 )
-from .rollout import Rollout, both_masks, collect_sampled, collect_stepped, microbatches
+from .rollout import Rollout, both_masks, collect_sampled, microbatches
+from .stepping import collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
@@ -302,7 +303,7 @@ class Agent:
             piece = batch.select(part, size)
             share = (len(piece) if by_group else piece.num_tokens) / total
             value, numbers = loss(piece)
-            (value * share).backward()
+            torch.autograd.backward(value * share)
             for key, number in {"loss": value, **numbers}.items():
                 out[key] = out.get(key, 0.0) + float(number.detach()) * share
         out["grad_norm"] = self.optimizer.step()

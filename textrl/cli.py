@@ -95,7 +95,7 @@ def list_envs(options: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name in ("id", "teaches") else "right")
     for id, where in registered().items():
         cls = task_class(where)
-        page = " ".join(inspect.getdoc(cls).split()) if cls.__doc__ else ""
+        page = " ".join((inspect.getdoc(cls) or "").split())
         found = re.search(r"What it teaches: (.*?)(?: Optimum:|$)", page)
         try:
             task = make_task(where)

@@ -26,7 +26,8 @@ from .env import observation_space
 from .generation import Sampling, draw
 from .offline import encode_response, given_rollout
 from .policy import CausalPolicy, load_model
-from .rollout import Act, Rollout, collect_sampled, collect_stepped, pad_responses
+from .rollout import Rollout, collect_sampled, pad_responses
+from .stepping import Act, collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task, shorten
 

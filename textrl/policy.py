@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from .tabular import register_tabular
-
 from .trunk import states_above
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model {name!r} is neither a folder with a causal language model nor a hub name that can be reached ({first})"
+            f"model {name!r} is neither a folder with a causal language model nor a hub name in reach ({first})"
         ) from None
 
 
@@ -208,7 +207,8 @@ class CausalPolicy:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def hidden(
         self, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, **forward: Any
@@ -255,7 +255,7 @@ class CausalPolicy:
             parts.append(
                 checkpoint(self._chunk, *arguments, use_reentrant=False) if several else self._chunk(*arguments)
             )
-        entropies = torch.cat([part[1] for part in parts]) if entropy else None
+        entropies = torch.cat([part[1] for part in parts if part[1] is not None]) if entropy else None
         return torch.cat([part[0] for part in parts]), entropies
 
     def _chunk(

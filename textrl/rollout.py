@@ -1,4 +1,4 @@
-"""`Rollout`, a batch of episodes as tensors, and the two ways to collect one: sampled whole, or stepped."""
+"""`Rollout`, a batch of episodes as tensors, and collecting one by sampling whole responses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,8 +41,8 @@ class Rollout:
         advantages: (B, T), once an agent has computed them.
         returns: (B, T), likewise.
         below: (B, S, d), what the policy's frozen lower blocks make of the tokens, where it has such blocks.
-        drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again because
-            the dtype is below float32.
+        drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again
+            because the dtype is below float32.
         group_size: samples of one prompt that stand next to each other.
     """
 
@@ -333,126 +331,4 @@ def sample_episodes(
             reference.frozen_blocks = policy.frozen_blocks
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
         rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
-    return rollout
-
-
-Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
-"""observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
-
-
-@dataclass
-class _Episode:
-    prompt: NDArray[np.int64]
-    row: Row = field(default_factory=dict)
-    actions: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    ref_logprobs: list[float] = field(default_factory=list)
-    masks: list[NDArray[np.bool_]] = field(default_factory=list)
-    score: float = 0.0
-    completion: str = ""
-
-
-def collect_stepped(
-    env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any],
-    task: Task,
-    act: Act,
-    batch_size: int,
-    *,
-    device: torch.device,
-    seed: int | None = None,
-    missing_penalty: float = 0.0,
-) -> Rollout:
-    """Steps an environment, whatever wraps it, until `batch_size` episodes are whole.
-
-    Every row of a vector environment plays the same number of episodes, so that short ones are not preferred.
-
-    Args:
-        env: single or vector, with the observations of `TextEnv`.
-        task: what the environment plays.
-        act: the agent.
-        batch_size: B; with a vector environment rounded up to a multiple of `num_envs`.
-        device: where the tensors go.
-        seed: for the first reset.
-        missing_penalty: kl_coef, where the environment could not be told the policy and leaves `-kl_coef * log pi` to
-            the agent; else 0.
-    """
-    vector = isinstance(env, gym.vector.VectorEnv)
-    number = env.num_envs if vector else 1
-    mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) if vector else AutoresetMode.DISABLED
-    quota = -(-batch_size // number)
-    finished: list[list[_Episode]] = [[] for _ in range(number)]
-    observations, infos = env.reset(seed=seed)
-    observations = observations if vector else observations[None]
-    running: list[_Episode | None] = [_Episode(_written(o, task)) for o in observations]
-    while any(len(done) < quota for done in finished):
-        actions, logprobs, masks = act(observations)
-        step = env.step(actions if vector else int(actions[0]))
-        observations, rewards, terminated, truncated, infos = step if vector else _batched(*step)
-        ended = np.asarray(terminated) | np.asarray(truncated)
-        for i, episode in enumerate(running):
-            if episode is None:  # NEXT_STEP: this step was the reset
-                running[i] = _Episode(_written(observations[i], task))
-                continue
-            episode.actions.append(int(actions[i]))
-            episode.logprobs.append(float(logprobs[i]))
-            episode.rewards.append(float(rewards[i]) - missing_penalty * float(logprobs[i]))
-            if masks is not None:
-                episode.masks.append(masks[i])
-            said = infos.get("final_info", infos) if ended[i] and mode == AutoresetMode.SAME_STEP else infos
-            if "ref_logprob" in said:
-                episode.ref_logprobs.append(float(said["ref_logprob"][i]))
-            if ended[i]:
-                if "score" in said:
-                    episode.score, episode.completion = float(said["score"][i]), said["completion"][i]
-                    episode.row = {"prompt": said["prompt"][i]}
-                else:
-                    episode.score = sum(episode.rewards)
-                if len(finished[i]) < quota:
-                    finished[i].append(episode)
-                running[i] = None
-        if mode == AutoresetMode.DISABLED and ended.any():
-            if vector:
-                observations, infos = env.reset(options={"reset_mask": ended})
-            else:
-                observations = env.reset()[0][None]
-        if mode != AutoresetMode.NEXT_STEP:
-            for i in np.flatnonzero(ended):
-                running[i] = _Episode(_written(observations[i], task))
-    return _stack([episode for done in finished for episode in done], task, device)
-
-
-def _batched(observation: Any, reward: Any, terminated: Any, truncated: Any, info: dict[str, Any]) -> tuple[Any, ...]:
-    return observation[None], [reward], [terminated], [truncated], {key: [value] for key, value in info.items()}
-
-
-def _written(observation: NDArray[np.int64], task: Task) -> NDArray[np.int64]:
-    return observation[observation != task.vocab_size]
-
-
-def _stack(episodes: list[_Episode], task: Task, device: torch.device) -> Rollout:
-    tokens, prompt_lengths, mask = pad_responses([e.prompt for e in episodes], [e.actions for e in episodes], device)
-    rollout = Rollout(
-        tokens=tokens,
-        prompt_lengths=prompt_lengths,
-        action_mask=mask,
-        logprobs=torch.zeros(mask.shape, device=device),
-        rewards=torch.zeros(mask.shape, device=device),
-        scores=torch.tensor([e.score for e in episodes], device=device),
-        stopped=torch.tensor([e.actions[-1] == task.eos_token_id for e in episodes], device=device),
-        rows=[e.row for e in episodes],
-        completions=[e.completion for e in episodes],
-    )
-
-    def flat(name: str) -> Tensor:
-        return rollout.spread(torch.tensor([x for e in episodes for x in getattr(e, name)], device=device))
-
-    rollout.logprobs, rollout.rewards = flat("logprobs"), flat("rewards")
-    if episodes[0].ref_logprobs:
-        rollout.ref_logprobs = flat("ref_logprobs")
-    if episodes[0].masks:
-        allowed = torch.ones(*mask.shape, task.vocab_size, dtype=torch.bool)
-        for i, episode in enumerate(episodes):
-            allowed[i, : len(episode.masks)] = torch.from_numpy(np.stack(episode.masks))
-        rollout.allowed = allowed.to(device)
     return rollout

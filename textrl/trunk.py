@@ -1,7 +1,7 @@
 """The frozen lower blocks of a model, run once for all the models that share them.
 
-With `trainable_layers=8` a policy, its critic and its reference differ in their last 8 blocks alone: what the blocks below
-make of a text is the same for all three, in every epoch.
+With `trainable_layers=8` a policy, its critic and its reference differ in their last 8 blocks alone: what the blocks
+below make of a text is the same for all three, in every epoch.
 """
 
 from __future__ import annotations
