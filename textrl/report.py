@@ -79,6 +79,8 @@ def curves(progress: Path, names: Mapping[str, str], x: str = "time/timesteps") 
         names: column -> title.
         x: the column of the x axis.
     """
+    if not progress.is_file():
+        return []
     with progress.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     out = []
