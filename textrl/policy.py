@@ -316,7 +316,10 @@ def values_at(
         states = states_above(model, below, blocks)
     else:
         states = model.base_model(input_ids=tokens).last_hidden_state  # (B, S, d)
-    return nn.functional.linear(states[rows, columns].float(), model.score.weight.float())[..., 0]
+    head, chosen = model.score, states[rows, columns]
+    if isinstance(head, nn.Linear):  # in float32: below it, neighbouring scores would round to one
+        return nn.functional.linear(chosen.float(), head.weight.float())[..., 0]
+    return head(chosen)[..., 0].float()  # type: ignore[no-any-return]
 
 
 def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:
