@@ -87,10 +87,10 @@ MEASURES = {
 }
 PPO_CURVES = {
     "rollout/score": "score",
-    "rollout/kl_reference": "KL to the SFT model, per response",
+    "rollout/kl_reference": "KL to the SFT model",
     "rollout/response_length": "response length",
     "train/entropy": "entropy",
-    "train/explained_variance": "explained variance of the critic",
+    "train/explained_variance": "explained variance",
     "train/kl_coef": "KL coefficient",
 }
 
