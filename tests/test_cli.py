@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -58,6 +59,7 @@ def test_an_agent_of_ones_own(capsys, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     code, _, err = run(
         capsys, "train", "mine:Nothing", "--env", "textrl/Vowels-v0", "--total-timesteps", "10", "--quiet"
     )
@@ -76,7 +78,7 @@ BAD = {
     "kl_coef=0.1 needs a reference": ["train", "ppo", *COPY, "--kl-coef", "0.1"],
     "--total-timesteps must be at least 1; got 0": ["train", "ppo", *COPY, "--total-timesteps", "0"],
     "--env-arg must be NAME=VALUE; got 'length'": ["train", "ppo", *COPY, "--env-arg", "length"],
-    "'lengh' is not an argument of Copy": ["train", "ppo", *COPY, "--env-arg", "lengh=3"],
+    "Copy got an unexpected keyword argument 'lengh'": ["train", "ppo", *COPY, "--env-arg", "lengh=3"],
     "clip_coef must be above 0 and below 1; got 3.0": ["train", "ppo", *COPY, "--clip-coef", "3"],
     "--dataset must be a file": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
     "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,11 @@ def names(tmp_path, monkeypatch):
     model = small_model(len(tokenizer), 64)
     (tmp_path / "path/or").mkdir(parents=True)
     model.save_pretrained(tmp_path / "path/or/name")
-    return {
-        "tok": tokenizer,
-        "prompts": ["a", "ab ba"],
-        "fn": lambda prompts, completions, **columns: [float(c.count("a")) for c in completions],
-        "model": copy.deepcopy(model),
-    }
+    module = types.ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # so that what it registers can be imported
+    module.tok, module.prompts, module.model = tokenizer, ["a", "ab ba"], copy.deepcopy(model)
+    module.fn = lambda prompts, completions, **columns: [float(c.count("a")) for c in completions]
+    return vars(module)
 
 
 def test_the_readmes_python_runs(names, capsys):
@@ -45,6 +46,7 @@ def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, c
     (tmp_path / "mine.py").write_text("import textrl\n" + agent)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     command = "train mine:Plain --env textrl/Copy-v0 --total-timesteps 500 --log-dir runs/mine --quiet"
     assert cli.main(command.split()) == 0
     assert cli.main(["evaluate", "runs/mine", "--episodes", "20"]) == 0
