@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
 from textrl.critic import Critic, batched_values
 from textrl.kl import AdaptiveKL, k3
-from textrl.returns import explained_variance, gae, masked_mean, whiten
+from textrl.returns import explained_variance, gae, masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
 
@@ -43,6 +43,7 @@ class PPOConfig(AgentConfig):
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # lambda of GAE
     whiten_advantages: bool = True  # to mean 0, variance 1 over the batch
+    whiten_floor: float = 0.1  # least standard deviation to divide by: once all scores agree, what is left is noise
     whiten_scores: bool = False  # scores to variance 1 over the batch, the mean kept
     clip_score: float | None = None  # scores are clipped to [-clip_score, clip_score]
     missing_end_penalty: float = 0.0  # taken off the score of a response that did not stop by itself
@@ -137,7 +138,8 @@ class PPO(Agent):
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         rollout = replace(rollout, values=values, returns=returns, advantages=advantages)
         if config.whiten_advantages:
-            rollout.advantages = whiten(advantages, mask)
+            spread = float(masked_var(advantages, mask).sqrt())
+            rollout.advantages = whiten(advantages, mask) * min(1.0, spread / max(config.whiten_floor, 1e-8))
         steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):
