@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.episodes import as_episodes
+from textrl.episodes import as_episodes, read_logged
+from textrl.files import is_file_name
 from textrl.offline import Epochs, prompt_groups
 from textrl.policy import CausalPolicy
 from textrl.returns import masked_mean
@@ -94,12 +95,14 @@ class BPO(Agent):
         model: as for every agent.
         config: as for every agent.
         dataset: logged episodes: a Minari dataset that `textrl.episodes.collect` wrote, its id or folder, a `Rollout`,
-            or rows with "prompt" and "completion". May be left out for an agent that is loaded only to be used.
+            or rows (or a file of them) with "prompt" and "completion". May be left out for an agent that is loaded only
+            to be used.
         settings: as for every agent.
     """
 
     config: BPOConfig
     config_class: ClassVar[type[AgentConfig]] = BPOConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights")
 
     def __init__(
         self,
@@ -114,6 +117,11 @@ class BPO(Agent):
         self._logged: Rollout | None = None
         if dataset is not None:
             self._read(as_episodes(dataset, self.task, self.device))
+
+    @classmethod
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
+        """The logged episodes of a file; a Minari dataset's folder is read later."""
+        return read_logged(file, skip_bad_rows) if is_file_name(file) else str(file)
 
     def _read(self, logged: Rollout) -> None:
         """Takes the logged episodes in: the reference's opinion of them, and how often each is to be drawn."""

@@ -11,6 +11,7 @@ pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.offline import Epochs, encode_response, given_rollout
+from textrl.files import Rows, all_or_none, dataset_rows, number_of, text_of
+from textrl.offline import Epochs, encode_response, given_rollout, token_ids
 from textrl.policy import CausalPolicy
+from textrl.preferences import read_pairs
 from textrl.rollout import Rollout, batched_logprobs
 
 if TYPE_CHECKING:
@@ -74,15 +77,16 @@ class DPO(Agent):
         env: whose tokenizer, prompts, horizon and reference hold.
         model: as for every agent.
         config: as for every agent.
-        dataset: rows with "prompt", "chosen" and "rejected", texts (`textrl.preferences` reads other formats). Token
-            ids under "chosen_ids" and "rejected_ids" go before the texts and are taken as they are; the reference's
-            summed log-probabilities under "ref_chosen_logps" and "ref_rejected_logps" are not computed again. May be
-            left out for an agent that is loaded only to be used.
+        dataset: rows with "prompt", "chosen" and "rejected", texts (`textrl.preferences` reads other formats), or a
+            file that `read_preferences` reads. Token ids under "chosen_ids" and "rejected_ids" go before the texts and
+            are taken as they are; the reference's summed log-probabilities under "ref_chosen_logps" and
+            "ref_rejected_logps" are not computed again. May be left out for an agent that is loaded only to be used.
         settings: as for every agent.
     """
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_digest", "beta")
 
     def __init__(
         self,
@@ -90,53 +94,52 @@ class DPO(Agent):
         model: PreTrainedModel | str | Path | None = None,
         config: AgentConfig | None = None,
         *,
-        dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        dataset: Dataset | Sequence[Mapping[str, Any]] | str | Path | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
         self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
-        self._pairs = [self._encode(i, row) for i, row in enumerate(dataset or [])]
         self._reference: Tensor | None = None  # (N, 2), once it is known
+        self._pairs: list[tuple[list[int], list[list[int]], list[float] | None]] = []
         if dataset is not None:
-            check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
-            if set(REFERENCE_COLUMNS) <= set(dataset[0]):
-                self._reference = torch.tensor([[row[name] for name in REFERENCE_COLUMNS] for row in dataset])
+            self._pairs = dataset_rows(dataset, self.read_dataset).each(self._encode)
+            known = [reference for _, _, reference in self._pairs if reference is not None]
+            all_or_none(len(known), len(self._pairs), f"the columns {list(REFERENCE_COLUMNS)}")
+            self._reference = torch.tensor(known) if known else None
+        self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
+        self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
         self._epochs = Epochs(len(self._pairs), self.generator)
 
-    def _encode(self, i: int, row: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
-        """The prompt's token ids, and those of the chosen and the rejected response."""
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str):
-            raise ValueError(f'dataset row {i} must have a text under "prompt"; got {prompt!r}')
+    @classmethod
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
+        """The pairs of a file, in any format that `read_preferences` knows."""
+        return read_pairs(file, skip_bad_rows=skip_bad_rows)
+
+    def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[list[int]], list[float] | None]:
+        """Token ids of the prompt, of the chosen and the rejected response, and what the reference says of them."""
+        prompt = text_of(row, "prompt")
         responses = []
         for side in SIDES:
-            ids, text = row.get(f"{side}_ids"), row.get(side)
-            if ids is not None:
-                ids = [int(token) for token in ids]
-                if not 0 < len(ids) <= self.task.max_new_tokens or not all(0 <= t < self.task.vocab_size for t in ids):
-                    raise ValueError(
-                        f'dataset row {i}, column "{side}_ids" must be 1 to {self.task.max_new_tokens} token ids below'
-                        f" {self.task.vocab_size}; got {ids}"
-                    )
-            elif isinstance(text, str):
-                ids = encode_response(self.task, prompt, text)[1]
+            if row.get(f"{side}_ids") is None:
+                responses.append(encode_response(self.task, prompt, text_of(row, side))[1])
             else:
-                raise ValueError(f'dataset row {i} must have a text under "{side}" or ids under "{side}_ids"')
-            responses.append(ids)
-        return self.task.encode({"prompt": prompt}).tolist(), responses
+                responses.append(token_ids(row, f"{side}_ids", self.task))
+        given = all(row.get(name) is not None for name in REFERENCE_COLUMNS)
+        reference = [number_of(row, name) for name in REFERENCE_COLUMNS] if given else None
+        return self.task.encode({"prompt": prompt}).tolist(), responses, reference
 
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
-        if self._reference is None:
-            self._reference = self._ask_reference()
+        if self._reference is None or self._reference_of != self._digest:
+            self._reference, self._reference_of = self._ask_reference(), self._digest
         return self._rollout(self._epochs.take(self.config.batch_size), self._reference)
 
     def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
         pairs = [self._pairs[i] for i in indices.tolist()]
         rows = [{"ref_logprob": float(value)} for value in reference[indices].flatten()]
-        prompts = [prompt for prompt, _ in pairs for _ in SIDES]
-        responses = [response for _, both in pairs for response in both]
+        prompts = [prompt for prompt, _, _ in pairs for _ in SIDES]
+        responses = [response for _, both, _ in pairs for response in both]
         return given_rollout(self.task, prompts, responses, self.device, rows, group_size=2)
 
     def _ask_reference(self) -> Tensor:

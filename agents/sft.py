@@ -7,7 +7,7 @@ The first step of RLHF (Ouyang 2022, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.files import Rows, dataset_rows, read_rows, text_of
 from textrl.offline import Epochs, encode_response, given_rollout
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
@@ -43,13 +44,14 @@ class SFT(Agent):
         env: whose tokenizer, prompts and horizon hold.
         model: as for every agent.
         config: as for every agent.
-        dataset: rows with "prompt" and "completion", texts. Longer responses are cut at the horizon. May be
-            left out for an agent that is loaded only to be used.
+        dataset: rows with "prompt" and "completion", texts, or a file of them. Longer responses are cut at the horizon.
+            May be left out for an agent that is loaded only to be used.
         settings: as for every agent.
     """
 
     config: SFTConfig
     config_class: ClassVar[type[AgentConfig]] = SFTConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("_examples",)
 
     def __init__(
         self,
@@ -57,18 +59,21 @@ class SFT(Agent):
         model: PreTrainedModel | str | Path | None = None,
         config: AgentConfig | None = None,
         *,
-        dataset: Dataset | Sequence[dict[str, Any]] | None = None,
+        dataset: Dataset | Sequence[dict[str, Any]] | str | Path | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
-        if dataset is not None:
-            check("dataset", dataset, len(dataset) > 0, "a dataset with at least one row")
-            names = set(dataset[0])
-            check("dataset", sorted(names), {"prompt", "completion"} <= names, 'rows with "prompt" and "completion"')
-        self._examples = [
-            encode_response(self.task, row["prompt"], row["completion"], self.config.end_token) for row in dataset or []
-        ]
+        self._examples = [] if dataset is None else dataset_rows(dataset, self.read_dataset).each(self._encode)
         self._epochs = Epochs(len(self._examples), self.generator)
+
+    @classmethod
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
+        """The examples of a file."""
+        return read_rows(file, ["prompt", "completion"], skip_bad_rows=skip_bad_rows, called="dataset")
+
+    def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+        return encode_response(self.task, prompt, completion, self.config.end_token)
 
     def collect(self) -> Rollout:
         """The next `batch_size` examples, in an order shuffled anew each epoch."""

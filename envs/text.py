@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textrl.files import prompt_rows, text_of
+from textrl.symbols import load_tokenizer
 from textrl.task import Row, Task, call_score, shorten, symbol_tokenizer
 
 if TYPE_CHECKING:
@@ -32,42 +35,47 @@ class Text(Task):
     Optimum: not known, unless the vocabulary and the horizon are small.
 
     Args:
-        tokenizer: a Hugging Face fast tokenizer; default: one symbol per printable ASCII character.
-        prompts: texts, rows with a "prompt", or a `datasets.Dataset` with a "prompt" column.
+        tokenizer: a Hugging Face fast tokenizer, or the folder or hub name of one; default: one symbol per printable
+            ASCII character.
+        prompts: texts, rows with a "prompt", a `datasets.Dataset` with a "prompt" column, or a JSON (lines), CSV or
+            Parquet file of such rows.
         reward: called with prompts, completions, completion_ids and every other column, as keyword lists.
         max_new_tokens: the horizon.
         max_prompt_tokens: default: the longest prompt there is.
+        skip_bad_rows: leave rows of a file that cannot be used out, with a warning that lists them.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast | None = None,
-        prompts: Sequence[str] | Sequence[Row] | Dataset = ("The movie was",),
+        tokenizer: PreTrainedTokenizerFast | str | None = None,
+        prompts: Sequence[str] | Sequence[Row] | Dataset | str | Path = ("The movie was",),
         reward: Callable[..., Any] = share_of_letters,
         max_new_tokens: int = 24,
         max_prompt_tokens: int | None = None,
+        skip_bad_rows: bool = False,
     ) -> None:
-        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
-            raise ValueError(f"prompts must be a list of texts or a dataset of them; got {shorten(prompts)}")
         if not callable(reward):
             raise ValueError(f"reward must be a function of prompts and completions; got {shorten(reward)}")
-        names = getattr(prompts, "column_names", None)
-        if names is not None and "prompt" not in names:
-            raise ValueError(f'prompts must have a column "prompt"; got the columns {names}')
-        self._prompts, self.reward = prompts, reward
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(str(tokenizer))
+        self._prompts, self.reward = prompt_rows(prompts, skip_bad_rows), reward
         super().__init__(
             tokenizer=symbol_tokenizer(PRINTABLE) if tokenizer is None else tokenizer,
             max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens,
         )
-        rows = self.rows
-        assert rows is not None
-        for row in rows:
+        self._prompts.each(self._check)
+
+    def _check(self, row: Row) -> None:
+        prompt = text_of(row, "prompt")
+        if self._max_prompt_tokens is None:  # the longest prompt is the limit
+            self._encode(prompt)
+        else:
             self.encode(row)
 
     def prompts(self) -> list[Row]:
         """The rows, in order."""
-        return [{"prompt": row} if isinstance(row, str) else dict(row) for row in self._prompts]
+        return list(self._prompts)
 
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
         """What `reward` says."""

@@ -168,5 +168,5 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     collect(env, model, 1, tmp_path / "b")
     with pytest.raises(ValueError, match="dataset must be new"):
         collect(env, model, 1, tmp_path / "b")
-    with pytest.raises(ValueError, match='dataset row 0 must have a text under "prompt"'):
+    with pytest.raises(ValueError, match="dataset row 0, column 'prompt' is missing"):
         as_episodes([{"completion": "a"}], env.task, torch.device("cpu"))

@@ -264,8 +264,10 @@ def test_without_a_reference_dpo_starts_from_its_own_model(tmp_path: Any) -> Non
     agent.learn(60)
     agent.save(tmp_path / "dpo")
     again = DPO.load(tmp_path / "dpo", textrl.TextEnv(task), dataset=pairs)
+    assert again.collect().rows == agent.collect().rows  # what the first model said of the pairs was saved
+    others = DPO.load(tmp_path / "dpo", textrl.TextEnv(task), dataset=pairs.select(range(8)))
     with pytest.raises(ValueError, match="reference is not known any more"):
-        again.collect()
+        others.collect()
     used = DPO.load(tmp_path / "dpo", textrl.TextEnv(task))
     assert used.generate(["a"], deterministic=True) == agent.generate(["a"], deterministic=True)
     with pytest.raises(ValueError, match="dataset must be given for DPO to learn"):
@@ -360,10 +362,10 @@ def test_what_is_wrong_is_said() -> None:
         ("beta must be above 0; got 0", {"beta": 0}),
         ('loss must be "sigmoid" or "ipo"', {"loss": "hinge"}),
         ("label_smoothing must be from 0 to below 0.5", {"label_smoothing": 0.5}),
-        ('dataset row 0 must have a text under "rejected"', {"dataset": [{"prompt": "a", "chosen": "b"}]}),
-        ('dataset row 0 must have a text under "prompt"', {"dataset": [{"chosen": "b", "rejected": "c"}]}),
-        ('column "chosen_ids" must be 1 to 4 token ids below 4', {"dataset": [{**pair, "chosen_ids": [4]}]}),
-        ("dataset must be a dataset with at least one row", {"dataset": []}),
+        ("dataset row 0, column 'rejected' is missing", {"dataset": [{"prompt": "a", "chosen": "b"}]}),
+        ("dataset row 0, column 'prompt' is missing", {"dataset": [{"chosen": "b", "rejected": "c"}]}),
+        ("column 'chosen_ids' must be 1 to 4 token ids below 4", {"dataset": [{**pair, "chosen_ids": [4]}]}),
+        ("dataset must be a file, or rows", {"dataset": []}),
     ]:
         with pytest.raises(ValueError, match=message):
             DPO(env, **{"dataset": [pair], **bad})

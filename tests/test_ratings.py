@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from textrl.ratings import human_ceiling, load_ratings, openings, rating_pairs
+from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups, rating_pairs
 
 
 @pytest.fixture
@@ -90,6 +90,25 @@ def test_pairs_follow_the_seed() -> None:
     ratings = rated()
     first, again, other = (rating_pairs(ratings, 1, 50, seed).to_dict() for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_a_group_holds_all_pairs_of_its_few_sentences() -> None:
+    ratings = rated(12)
+    rows = {row["text"]: row for row in ratings}
+    groups = rating_groups(ratings, 1.0, 3, 5)
+    assert groups.to_dict() == rating_groups(ratings, 1.0, 3, 5).to_dict()
+    seen: set[str] = set()
+    for number in set(groups["group"]):
+        pairs = [(row["chosen"], row["rejected"]) for row in groups if row["group"] == number]
+        texts = {text for pair in pairs for text in pair}
+        assert len(texts) <= 5 and not texts & seen and len({rows[text]["source"] for text in texts}) == 1
+        best = itertools.product(texts, texts)
+        assert sorted(pairs) == sorted((a, b) for a, b in best if rows[a]["mean"] - rows[b]["mean"] >= 1.0)
+        seen |= texts
+    with pytest.raises(ValueError, match=r"n is 99; with size 5 it must be from 1 to"):
+        rating_groups(ratings, 1.0, 99, 5)
+    with pytest.raises(ValueError, match="gap must be above 0"):
+        rating_groups(ratings, 0.0, 1, 5)
 
 
 def test_means_of_one_decimal_reach_a_gap_of_one() -> None:

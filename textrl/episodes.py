@@ -23,8 +23,9 @@ from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .env import observation_space
+from .files import Rows, all_or_none, dataset_rows, is_file_name, number_of, read_rows, text_of
 from .generation import Sampling, draw
-from .offline import encode_response, given_rollout
+from .offline import encode_response, given_rollout, token_ids
 from .policy import CausalPolicy, load_model
 from .rollout import Rollout, collect_sampled, pad_responses
 from .stepping import Act, collect_stepped
@@ -153,8 +154,9 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     """Logged episodes from wherever they are.
 
     Args:
-        source: a `Rollout`, a Minari dataset, its id or folder, or rows with "prompt" and "completion" (text) or
-            "completion_ids", and, where they are known, "score" (else the task is asked) and "logprobs" (a list).
+        source: a `Rollout`, a Minari dataset, its id or folder, or rows (or a file of them) with "prompt" and
+            "completion" (text) or "completion_ids", and, where they are known, "score" (else the task is asked) and
+            "logprobs" (a list).
         task: what was played.
         device: where the tensors go.
 
@@ -163,26 +165,54 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     """
     if isinstance(source, Rollout):
         return on_device(source, device)
-    if isinstance(source, (str, Path)) or type(source).__name__ == "MinariDataset":
+    if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":
         return read_episodes(source, task, device)
-    rows = list(source)
-    check("dataset", rows, len(rows) > 0, "episodes, at least one")
-    responses = []
-    for i, row in enumerate(rows):
-        ids, text = row.get("completion_ids"), row.get("completion")
-        if not isinstance(row.get("prompt"), str) or (ids is None and not isinstance(text, str)):
-            raise ValueError(
-                f'dataset row {i} must have a text under "prompt" and one under "completion", or token ids under'
-                f' "completion_ids"; got {shorten(row)}'
-            )
-        responses.append(encode_response(task, row["prompt"], str(text))[1] if ids is None else [int(x) for x in ids])
-    rollout = given_rollout(task, [task.encode(row).tolist() for row in rows], responses, torch.device("cpu"), rows)
+    rows = dataset_rows(source, read_logged)
+    logged = rows.each(lambda row: _logged_row(task, row))
+    responses = [response for response, _, _ in logged]
+    rollout = given_rollout(
+        task, [task.encode(row).tolist() for row in rows], responses, torch.device("cpu"), rows.rows
+    )
     rollout.completions = task.decode(responses)
-    scores = [row["score"] for row in rows] if "score" in rows[0] else task.evaluate(rows, responses).totals
-    rollout.scores = torch.tensor(np.asarray(scores), dtype=torch.float32)
-    if "logprobs" in rows[0]:
-        rollout.logprobs = rollout.spread(_flat([row["logprobs"] for row in rows]))
+    scores = [score for _, score, _ in logged if score is not None]
+    logprobs = [each for _, _, each in logged if each is not None]
+    all_or_none(len(scores), len(rows), "'score'")
+    all_or_none(len(logprobs), len(rows), "'logprobs'")
+    totals = scores or task.evaluate(rows, responses).totals
+    rollout.scores = torch.tensor(np.asarray(totals), dtype=torch.float32)
+    if logprobs:
+        rollout.logprobs = rollout.spread(_flat(logprobs))
     return on_device(rollout, device)
+
+
+def read_logged(file: str | Path, skip_bad_rows: bool = False) -> Rows:
+    """The episodes of a JSON (lines), CSV or Parquet file."""
+    columns = ("score", "logprobs", "completion_ids")
+    return read_rows(file, ["prompt"], numbers=columns, skip_bad_rows=skip_bad_rows, called="dataset")
+
+
+def _logged_row(task: Task, row: Mapping[str, Any]) -> tuple[list[int], float | None, list[float] | None]:
+    """An episode's response as token ids, and its score and log-probabilities where they are known.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    prompt = text_of(row, "prompt")
+    task.encode({"prompt": prompt})
+    if row.get("completion_ids") is not None:
+        response = token_ids(row, "completion_ids", task)
+    else:
+        response = encode_response(task, prompt, text_of(row, "completion"))[1]
+    score = None if row.get("score") is None else number_of(row, "score")
+    logprobs = row.get("logprobs")
+    if logprobs is not None:
+        fine = isinstance(logprobs, (list, tuple)) and all(isinstance(x, (int, float)) and x <= 0 for x in logprobs)
+        if not fine or len(logprobs) != len(response):
+            raise ValueError(
+                f"column 'logprobs' must be a list of {len(response)} numbers, none above 0, one a token;"
+                f" got {shorten(logprobs)}"
+            )
+    return response, score, logprobs
 
 
 def on_device(rollout: Rollout, device: torch.device) -> Rollout:

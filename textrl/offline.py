@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rollout import Rollout, pad_responses
+from .scores import shorten
 from .task import Row, Task
 
 
@@ -29,7 +31,11 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     """
 
     def ids(text: str) -> list[int]:
-        return list(task.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        try:
+            return list(task.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        except Exception as error:  # a tokenizer raises what it likes
+            what = "completion has text that the tokenizer does not know"
+            raise ValueError(f"{what}: {shorten(completion)} ({error})") from None
 
     first = task.encode({"prompt": prompt}).tolist()
     whole = first[: len(first) - len(ids(prompt))] + ids(prompt + completion)  # the begin token, then both
@@ -37,6 +43,22 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     if end_token:
         response = [*response, task.eos_token_id]
     return first, response[: task.max_new_tokens] or [task.eos_token_id]
+
+
+def token_ids(row: Mapping[str, Any], column: str, task: Task) -> list[int]:
+    """A row's response given as token ids.
+
+    Raises:
+        ValueError: for an empty list, one longer than the horizon, or what is not a token of the task.
+    """
+    ids = row[column]
+    fine = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and 0 <= i < task.vocab_size for i in ids)
+    if not fine or not 0 < len(ids) <= task.max_new_tokens:
+        raise ValueError(
+            f"column {column!r} must be 1 to {task.max_new_tokens} token ids below {task.vocab_size};"
+            f" got {shorten(ids)}"
+        )
+    return list(ids)
 
 
 def given_rollout(

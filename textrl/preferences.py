@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .task import shorten
+from .files import InputError, Rows, check_text, is_file_name, read_rows, warn
+from .formats import READERS
+from .scores import shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +29,7 @@ _LABELLED = {  # two answers and a label: the columns, and which label says that
     ("human_ref_A", "human_ref_B", "labels"): 1,  # Stanford Human Preferences
     ("response_0", "response_1", "better_response_id"): 0,  # PKU-SafeRLHF
 }
-_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_NUMBERS = tuple(label for *_, label in _LABELLED)
 
 
 def read_preferences(
@@ -36,6 +38,7 @@ def read_preferences(
     tokenizer: PreTrainedTokenizerFast | None = None,
     split: str = "train",
     drop_duplicates: bool = False,
+    skip_bad_rows: bool = False,
 ) -> Dataset:
     r"""Reads preference pairs of any known format into columns prompt, chosen and rejected, all texts.
 
@@ -50,47 +53,73 @@ def read_preferences(
     | Alpaca | instruction, input (may be empty), and the two answers |
     | SHP; SafeRLHF | history, human_ref_A, human_ref_B, labels; prompt, response_0, response_1, better_response_id |
 
-    Every other column is kept as it is. A pair whose texts are alike says nothing and is dropped, with a warning that
-    counts them. A pair that occurs several times is kept several times, because repeated labels are evidence (two
-    annotators agreed), unless `drop_duplicates`.
+    Every other column is kept as it is. A pair that occurs several times is kept several times, because repeated labels
+    are evidence (two annotators agreed), unless `drop_duplicates`; rows of a file that repeat another in every column
+    are named in a warning. A pair whose texts are alike says nothing: in a file it is an error, like an empty text; of
+    other data it is dropped, with a warning that counts them.
 
     Args:
         data: a dataset, rows, a JSON (lines), CSV or Parquet file, a folder that `Dataset.save_to_disk` wrote, or the
             hub name of a dataset.
         tokenizer: its chat template turns messages into text; without one they become HH dialogues.
-        split: which part of a file, folder or hub dataset.
+        split: which part of a folder or hub dataset.
         drop_duplicates: keep only the first of rows with the same three texts.
+        skip_bad_rows: leave rows with a fault out; a `textrl.files.SkippedRows` warning counts and lists them.
 
     Raises:
-        ValueError: for columns of no known format, or a value that is not what its column should hold, naming both
-            the row and the column.
+        InputError: (a ValueError) for columns of no known format, or a value that is not what its column should hold,
+            naming file and line, or the row, and the column.
     """
     from datasets import Dataset
 
-    dataset = _load(data, split)
-    names = set(dataset.column_names)
-    if len(dataset) == 0:
-        raise ValueError(f"data must have at least one row; got none, with the columns {sorted(names)}")
-    first, second, label = _answers(names)
+    pairs = read_pairs(data, tokenizer, split, drop_duplicates, skip_bad_rows)
+    columns = {name: [row.get(name) for row in pairs] for name in pairs.columns}
+    try:
+        return Dataset.from_dict(columns)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{pairs.source} must have columns that each hold values of one type ({reason})") from None
+
+
+def read_pairs(
+    data: Dataset | Sequence[Mapping[str, Any]] | str | Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    split: str = "train",
+    drop_duplicates: bool = False,
+    skip_bad_rows: bool = False,
+) -> Rows:
+    """The pairs of `read_preferences` as rows that know where they stand."""
+    table = _load(data, split, skip_bad_rows)
+    names = set(table.columns)
+    if len(table) == 0:
+        raise InputError(f"data must have at least one row; got none, with the columns {sorted(names)}")
+    columns = _answers(table.source, names)
     prompts = next((name for name in _PROMPTS if name in names), None)
     template = tokenizer if getattr(tokenizer, "chat_template", None) else None
-    rows = [_row(i, row, prompts, (first, second, label), template) for i, row in enumerate(dataset)]
+    repeated = table.repeated() if table.strict and not drop_duplicates else []
+    rows = table.each(lambda row: _row(row, prompts, columns, template, table.strict))
     if prompts is not None and all(p and all(t.startswith(p) and t != p for t in (c, r)) for p, c, r in rows):
         rows = [(p, c[len(p) :], r[len(p) :]) for p, c, r in rows]
     keep = [i for i, (_, chosen, rejected) in enumerate(rows) if chosen != rejected]
     if len(keep) < len(rows):
-        warnings.warn(f"dropped {len(rows) - len(keep)} of {len(rows)} pairs: chosen equals rejected", stacklevel=2)
+        warnings.warn(f"dropped {len(rows) - len(keep)} of {len(rows)} pairs: chosen equals rejected", stacklevel=3)
     if drop_duplicates:
         kept = list({rows[i]: i for i in reversed(keep)}.values())[::-1]
         if len(kept) < len(keep):
-            warnings.warn(f"dropped {len(keep) - len(kept)} of {len(rows)} pairs: duplicates", stacklevel=2)
+            warnings.warn(f"dropped {len(keep) - len(kept)} of {len(rows)} pairs: duplicates", stacklevel=3)
         keep = sorted(kept)
     if not keep:
-        raise ValueError(f"data must have a pair whose chosen and rejected differ; got {len(rows)} pairs, all alike")
-    used = {first, second, label, prompts} | ({"input"} if prompts == "instruction" else set())
-    others = {name: dataset[name][:] for name in dataset.column_names if name not in used}
-    texts = {name: [rows[i][k] for i in keep] for k, name in enumerate(("prompt", "chosen", "rejected"))}
-    return Dataset.from_dict(texts | {name: [values[i] for i in keep] for name, values in others.items()})
+        raise InputError(f"data must have a pair whose chosen and rejected differ; got {len(rows)} pairs, all alike")
+    if repeated:
+        warn(
+            f"{table.source}: {len(repeated)} of {len(table)} rows repeat another (drop_duplicates drops them)",
+            repeated,
+        )
+    used = {*columns, prompts} | ({"input"} if prompts == "instruction" else set())
+    others = [{key: value for key, value in row.items() if key not in used} for row in table]
+    texts = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
+    places = [table.places[i] for i in keep]
+    return Rows([texts[i] | others[i] for i in keep], places, table.source, skip_bad_rows, table.strict)
 
 
 def count_duplicates(pairs: Dataset) -> int:
@@ -98,31 +127,41 @@ def count_duplicates(pairs: Dataset) -> int:
     return len(pairs) - len(set(zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)))
 
 
-def _load(data: Any, split: str) -> Dataset:
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+def _load(data: Any, split: str, skip: bool) -> Rows:
+    from datasets import Dataset, DatasetDict, load_from_disk
 
+    if is_file_name(data):
+        return read_rows(data, numbers=_NUMBERS, skip_bad_rows=skip, called="data")
     if isinstance(data, (str, Path)):
         path = Path(data)
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             data = load_from_disk(os.fspath(path))
-        elif path.suffix in _FILES:
-            if not path.is_file():
-                raise ValueError(f"data must be a file that exists; got {str(path)!r}")
-            return load_dataset(_FILES[path.suffix], data_files={split: str(path)}, split=split)
         else:
-            return load_dataset(str(data), split=split)
+            data = _from_hub(str(data), split)
     if isinstance(data, DatasetDict):
         if split not in data:
-            raise ValueError(f"split must be one of {sorted(data)}; got {split!r}")
-        return data[split]
-    if isinstance(data, Dataset):
-        return data
-    if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):
-        return Dataset.from_list([dict(row) for row in data])
-    raise ValueError(f"data must be a datasets.Dataset, a list of dicts, a file or a name; got {shorten(data)}")
+            raise InputError(f"split must be one of {sorted(data)}; got {split!r}")
+        data = data[split]
+    rows = isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data)
+    if not isinstance(data, Dataset) and not rows:
+        raise InputError(f"data must be a datasets.Dataset, a list of dicts, a file or a name; got {shorten(data)}")
+    return Rows(data, skip=skip)
 
 
-def _answers(names: set[str]) -> tuple[str, str, str | None]:
+def _from_hub(name: str, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # whatever the loader and the network may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"data must be a file that ends in one of {', '.join(READERS)}, a folder that save_to_disk wrote, or the"
+            f" name of a hub dataset in reach; got {name!r} ({reason})"
+        ) from None
+
+
+def _answers(source: str, names: set[str]) -> tuple[str, str, str | None]:
     """The columns of the two answers, and of the label where the first is not always the better one."""
     for first, second in _PAIRS:
         if {first, second} <= names:
@@ -131,40 +170,60 @@ def _answers(names: set[str]) -> tuple[str, str, str | None]:
         if set(columns) <= names:
             return columns
     known = [" and ".join(pair) for pair in _PAIRS] + [", ".join(columns) for columns in _LABELLED]
-    raise ValueError(f"data must have the columns {'; or '.join(known)}; got {sorted(names)}")
+    raise InputError(f"{source} must have the columns {'; or '.join(known)}; got {shorten(sorted(names), 200)}")
 
 
 def _row(
-    i: int,
     row: Mapping[str, Any],
     prompts: str | None,
     columns: tuple[str, str, str | None],
     tokenizer: PreTrainedTokenizerFast | None,
+    strict: bool,
 ) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected of one row, as texts."""
+    """Prompt, chosen and rejected of one row, as texts.
+
+    Raises:
+        ValueError: naming the column; with `strict` for empty texts and answers that are alike too.
+    """
     first, second, label = columns
     if label is not None:
-        if row[label] not in (0, 1):
-            raise ValueError(f"row {i}, column {label!r} must be 0 or 1; got {shorten(row[label])}")
+        if row.get(label) not in (0, 1):
+            raise ValueError(f"column {label!r} must be 0 or 1; got {shorten(row.get(label))}")
         if row[label] != _LABELLED[first, second, label]:
             first, second = second, first
-    if isinstance(row[first], list):
-        prompt = None if prompts is None else row[prompts]
-        return _chat(i, prompt, (first, row[first]), (second, row[second]), tokenizer)
-    chosen, rejected = (_text(i, name, row[name]) for name in (first, second))
-    if prompts is None:
-        return _split(chosen, rejected)
-    if isinstance(row[prompts], list):
-        return _render(_messages(i, prompts, row[prompts]), tokenizer), chosen, rejected
-    prompt = _text(i, prompts, row[prompts])
-    if prompts == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{_text(i, 'input', row['input'])}"
+    prompt, chosen, rejected = _texts(row, prompts, first, second, tokenizer)
+    if strict:
+        for column, text in ((prompts, prompt), (first, chosen), (second, rejected)):
+            value = row.get(column or "")
+            if column is not None and not (value if isinstance(value, str) else text).strip():
+                raise ValueError(f"column {column!r} must be a text that is not empty; got {shorten(value)}")
+        if chosen == rejected:
+            raise ValueError(f"columns {first!r} and {second!r} must differ; both are {shorten(chosen)}")
     return prompt, chosen, rejected
 
 
-def _text(i: int, column: str, value: Any) -> str:
+def _texts(
+    row: Mapping[str, Any], prompts: str | None, first: str, second: str, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[str, str, str]:
+    if isinstance(row.get(first), list):
+        prompt = None if prompts is None else row.get(prompts)
+        return _chat(prompt, (first, row[first]), (second, row.get(second)), tokenizer)
+    chosen, rejected = (_text(row, name) for name in (first, second))
+    if prompts is None:
+        return _split(chosen, rejected)
+    if isinstance(row.get(prompts), list):
+        return _render(_messages(prompts, row[prompts]), tokenizer), chosen, rejected
+    prompt = _text(row, prompts)
+    if prompts == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
+    return prompt, chosen, rejected
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(f"row {i}, column {column!r} must be a text or a list of messages; got {shorten(value)}")
+        raise ValueError(f"column {column!r} must be a text or a list of messages; got {shorten(value)}")
+    check_text(f"column {column!r}", value)
     return value
 
 
@@ -182,11 +241,11 @@ def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:place], chosen[place:], rejected[place:]
 
 
-def _messages(i: int, column: str, messages: Any) -> Messages:
+def _messages(column: str, messages: Any) -> Messages:
     """A list of messages, checked.
 
     Raises:
-        ValueError: naming row and column.
+        ValueError: naming the column.
     """
     fine = isinstance(messages, list) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -194,35 +253,36 @@ def _messages(i: int, column: str, messages: Any) -> Messages:
     )
     if not fine or not messages:
         raise ValueError(
-            f'row {i}, column {column!r} must be messages, dicts with the texts "role" and "content"; got'
-            f" {shorten(messages)}"
+            f'column {column!r} must be messages, dicts with the texts "role" and "content"; got {shorten(messages)}'
         )
+    for message in messages:
+        check_text(f"column {column!r}", message["role"] + message["content"])
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def _chat(
-    i: int,
     prompt: Any,
     first: tuple[str, Any],
     second: tuple[str, Any],
     tokenizer: PreTrainedTokenizerFast | None,
 ) -> tuple[str, str, str]:
     """A pair of chats. Their common messages are the prompt, after the messages of the prompt column, if any."""
-    chosen, rejected = (_messages(i, column, messages) for column, messages in (first, second))
+    chosen, rejected = (_messages(column, messages) for column, messages in (first, second))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     before: Messages = chosen[:shared]
     if isinstance(prompt, list):
-        opening = _messages(i, "prompt", prompt)
+        opening = _messages("prompt", prompt)
         before = before if before[: len(opening)] == opening else [*opening, *before]
     elif isinstance(prompt, str) and not any(m["role"] == "user" for m in before):
+        check_text("column 'prompt'", prompt)
         before = [*before, {"role": "user", "content": prompt}]
     for column, rest in ((first[0], chosen[shared:]), (second[0], rejected[shared:])):
         if len(rest) != 1 or rest[0]["role"] != "assistant":
             raise ValueError(
-                f"row {i}, column {column!r} must end with one message of the assistant after those that both chats"
-                f" share; got {shorten(rest)}"
+                f"column {column!r} must end with one message of the assistant after those that both chats share; got"
+                f" {shorten(rest)}"
             )
     space = "" if tokenizer is not None else " "
     return _render(before, tokenizer), space + chosen[-1]["content"], space + rejected[-1]["content"]
@@ -231,6 +291,11 @@ def _chat(
 def _render(messages: Messages, tokenizer: PreTrainedTokenizerFast | None) -> str:
     """Messages as one text after which the assistant speaks: the chat template's, or an HH dialogue."""
     if tokenizer is not None:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(
+                f"messages must be such as the chat template takes ({error}); got {shorten(messages)}"
+            ) from None
     opens = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ", "system": ""}
     return "".join(opens.get(m["role"], f"\n\n{m['role'].capitalize()}: ") + m["content"] for m in messages) + ASSISTANT

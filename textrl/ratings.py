@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from .fetch import vader_sources
 
@@ -89,10 +90,57 @@ def rating_pairs(ratings: Dataset, gap: float, n: int, seed: int = 0) -> Dataset
     drawn = np.asarray(random.Random(seed).sample(range(total), n))
     worse = np.searchsorted(upto, drawn, side="right")
     better = first[worse] + drawn - (upto - count)[worse]
-    rejected, chosen = ratings.select(order[worse]), ratings.select(order[better])
+    return _pairs(ratings, order[better], order[worse])
+
+
+def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0) -> Dataset:
+    """All pairs among a few sentences at a time: more comparisons for each sentence that is read.
+
+    Each group holds `size` sentences of one source; no sentence comes twice. A group without a pair is left out.
+
+    Args:
+        ratings: rows of `load_ratings`.
+        gap: least difference of the means, above 0.
+        n: number of groups.
+        size: sentences in a group.
+        seed: the same seed gives the same groups.
+
+    Returns:
+        The columns of `rating_pairs`, and group (int).
+
+    Raises:
+        ValueError: `gap` is not positive, `size` is below 2, or there are fewer than `n` groups.
+    """
+    if gap <= 0 or size < 2:
+        raise ValueError(f"gap must be above 0 and size at least 2; got {gap} and {size}")
+    rng = random.Random(seed)
+    places: dict[str, list[int]] = {}
+    for i, source in enumerate(ratings["source"]):
+        places.setdefault(source, []).append(i)
+    groups = []
+    for members in places.values():
+        rng.shuffle(members)
+        groups += [members[i : i + size] for i in range(0, len(members) - size + 1, size)]
+    if not 0 < n <= len(groups):
+        raise ValueError(f"n is {n}; with size {size} it must be from 1 to {len(groups)}, the number of groups")
+    mean = np.asarray(ratings["mean"], dtype=np.float64)  # (N,)
+    drawn = [
+        (number, better, worse)
+        for number, members in enumerate(rng.sample(groups, n))
+        for better in members
+        for worse in members
+        if mean[better] - mean[worse] >= gap - 1e-9
+    ]
+    numbers, better, worse = (np.array(column) for column in zip(*drawn, strict=True))
+    return _pairs(ratings, better, worse).add_column("group", numbers)
+
+
+def _pairs(ratings: Dataset, better: NDArray[np.int64], worse: NDArray[np.int64]) -> Dataset:
+    """Pairs of rows, given by their places (n,) and (n,)."""
+    rejected, chosen = ratings.select(worse), ratings.select(better)
     return Dataset.from_dict(
         {
-            "prompt": [""] * n,
+            "prompt": [""] * len(better),
             "chosen": chosen["text"][:],
             "rejected": rejected["text"][:],
             "chosen_mean": chosen["mean"][:],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from .checkpoint import whole_folder
 from .logging import RunLog
 from .optim import Optimizer
-from .policy import train_last_layers, trainable, value_model, values_at, without_dropout
+from .policy import alike, train_last_layers, trainable, value_model, values_at, without_dropout
 from .task import call_score
 
 if TYPE_CHECKING:
@@ -105,22 +106,18 @@ class RewardModel:
 
     def scalars(self, texts: Sequence[str]) -> Tensor:
         """The raw scalar of each text, (B,) float32, differentiable; texts of like length share a forward."""
-        ids = self.encode(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        pieces, start = [], 0
-        while start < len(order):
-            longest = len(ids[order[start]])
-            part = [ids[i] for i in order[start : start + max(1, self.tokens_at_once // longest)]]
-            tokens = torch.zeros(len(part), longest, dtype=torch.int64)
-            for row, one in zip(tokens, part, strict=True):
-                row[: len(one)] = torch.tensor(one)
-            lengths = torch.tensor([len(one) for one in part])
-            device = self.model.device
+        ids, device = self.encode(texts), self.model.device
+        parts = alike([len(one) for one in ids], self.tokens_at_once, device)
+        pieces = []
+        for part in parts:
+            lengths = torch.tensor([len(ids[i]) for i in part])
+            tokens = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64)
+            for row, i in zip(tokens, part, strict=True):
+                row[: len(ids[i])] = torch.tensor(ids[i])
             rows = torch.arange(len(part), device=device)
             pieces.append(values_at(self.model, tokens.to(device), rows, (lengths - 1).to(device)))
-            start += len(part)
-        places = torch.tensor(order, device=self.model.device)
-        return torch.cat(pieces)[places.argsort()]
+        order = torch.tensor([i for part in parts for i in part], device=device)
+        return torch.cat(pieces)[order.argsort()]
 
     def standardise(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
         """Shifts and scales the scores to mean 0, standard deviation 1 on these samples (of the reference)."""
@@ -130,18 +127,16 @@ class RewardModel:
 
     def accuracy(self, pairs: Dataset) -> float:
         """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
-        chosen, rejected = _whole(pairs[:])
-        texts = list(dict.fromkeys(chosen + rejected))  # a text may be in many pairs
         with torch.no_grad():
-            scores = dict(zip(texts, self.scalars(texts).tolist(), strict=True))
-        differences = np.array([scores[c] - scores[r] for c, r in zip(chosen, rejected, strict=True)])
-        return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
+            chosen, rejected = self.pair_scalars(pairs[:])
+        return float((chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean())
 
     def pair_scalars(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
-        """The raw scalars of the chosen and the rejected texts, (B,) each, from one pass over both."""
+        """The raw scalars of the chosen and the rejected texts, (B,) each; a text in many pairs is read once."""
         chosen, rejected = _whole(pairs)
-        both = self.scalars(chosen + rejected)
-        return both[: len(chosen)], both[len(chosen) :]
+        places = {text: i for i, text in enumerate(dict.fromkeys(chosen + rejected))}
+        scalars = self.scalars(list(places))
+        return scalars[[places[text] for text in chosen]], scalars[[places[text] for text in rejected]]
 
 
 def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
@@ -151,14 +146,23 @@ def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     return list(chosen), list(rejected)
 
 
+def _groups(pairs: Dataset) -> list[NDArray[np.int64]]:
+    """The rows of each group of pairs; every row is its own where there is no column "group"."""
+    if "group" not in pairs.column_names:
+        return list(np.arange(len(pairs))[:, None])
+    groups = np.asarray(pairs["group"])
+    order = groups.argsort(kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
     """Settings of reward-model training."""
 
     learning_rate: float = 1e-4  # step size of AdamW, falling linearly to zero
-    batch_size: int = 16  # pairs a step
+    batch_size: int = 16  # groups of pairs a step; without a column "group" each pair is one
     epochs: int = 1  # passes over the pairs
-    seed: int = 0  # of the order of the pairs
+    seed: int = 0  # of the order of the groups
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     weight_decay: float = 0.0  # of AdamW
     trainable_layers: int | None = None  # only the last so many blocks learn; None: all
@@ -176,7 +180,8 @@ def train_reward_model(
 
     Args:
         reward_model: to be trained.
-        pairs: columns "prompt", "chosen" and "rejected", texts.
+        pairs: columns "prompt", "chosen" and "rejected", texts; and "group", whole numbers, where comparisons of the
+            same few texts belong in one step: each text is then read once for all of them (Ouyang 2022, section 3.5).
         config: settings.
         log_dir: where `progress.csv` and TensorBoard's files go.
         progress_bar: shows a bar and a row a step.
@@ -196,12 +201,15 @@ def train_reward_model(
         trainable(reward_model.model), config.learning_rate, config.max_grad_norm, config.weight_decay, eps=1e-8
     )
     rng = np.random.default_rng(config.seed)
-    order = np.concatenate([rng.permutation(len(pairs)) for _ in range(config.epochs)])
+    members = _groups(pairs)
+    order = np.concatenate([rng.permutation(len(members)) for _ in range(config.epochs)])
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    with RunLog(log_dir, progress_bar, len(order), "reward model", unit="pairs") as log:
+    seen = 0
+    with RunLog(log_dir, progress_bar, config.epochs * len(pairs), "reward model", unit="pairs") as log:
         for step, batch in enumerate(batches):
             optimizer.learning_rate = config.learning_rate * (1 - step / len(batches))
-            chosen, rejected = reward_model.pair_scalars(pairs[batch])
+            rows = np.concatenate([members[group] for group in batch])
+            chosen, rejected = reward_model.pair_scalars(pairs[rows])
             loss = preference_loss(chosen, rejected)
             loss.backward()  # type: ignore[no-untyped-call]
             metrics = {
@@ -209,7 +217,7 @@ def train_reward_model(
                 "train/accuracy": float((chosen > rejected).float().mean()),
                 "train/grad_norm": optimizer.step(),
             }
-            seen = min((step + 1) * config.batch_size, len(order))
+            seen += len(rows)
             log.write(metrics, seen, step + 1, seen)
     reward_model.model.requires_grad_(False)
 
