@@ -68,5 +68,5 @@ class NLPO(PPO):
             with torch.no_grad():
                 for slow, fast in zip(self.mask_model.parameters(), self.model.parameters(), strict=True):
                     slow.copy_(fast)
-            self.mask_stepper.forget()
+        self.mask_stepper.forget()
         return numbers

@@ -92,6 +92,7 @@ class PPO(Agent):
 
     config: PPOConfig
     config_class: ClassVar[type[AgentConfig]] = PPOConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("_critic_from",)
 
     def __init__(
         self,

@@ -1,14 +1,9 @@
-"""`Agent`: a policy that acts in an environment and learns from rollouts; the one learning loop."""
+"""`Agent`: a policy that acts in an environment and learns from rollouts."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import numbers
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import checkpoint
-from .env import TextEnv
+from . import checkpoint, loop
+from .config import AgentConfig as AgentConfig
+from .config import check as check
+from .config import make_config
+from .files import read_rows
 from .generation import Sampling, draw, generate
-from .logging import RunLog
+from .loop import Callback
 from .optim import Optimizer
 from .policy import (
     CausalPolicy,
-    few_threads,
     load_model,
     pick_device,
     pick_dtype,
@@ -34,119 +31,19 @@ from .policy import (
     trainable,
 )
 from .rollout import Rollout, both_masks, collect_sampled, microbatches
+from .stepping import AnyEnv as AnyEnv
+from .stepping import base_env as base_env
 from .stepping import collect_stepped
+from .stepping import is_bare as is_bare
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
-from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 """A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
-Callback = Callable[["Agent", dict[str, float]], bool | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentConfig:
-    """What every agent takes."""
-
-    learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
-    learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
-    batch_size: int = 64  # episodes an update
-    seed: int = 0  # of the weights, the prompts and the samples
-    device: str = "auto"  # "auto": the GPU where there is one
-    dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
-    weight_decay: float = 0.0  # of AdamW
-    trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
-    max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
-
-    def __post_init__(self) -> None:
-        """Checks the types of all settings and the ranges of those that all agents share."""
-        for each in dataclasses.fields(self):
-            check_type(each.name, getattr(self, each.name), str(each.type))
-        for name in ("batch_size", "max_tokens_per_microbatch"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        rate = self.learning_rate
-        check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
-        schedules = ("linear", "constant")
-        check(
-            "learning_rate_schedule",
-            self.learning_rate_schedule,
-            self.learning_rate_schedule in schedules,
-            f"one of {list(schedules)}",
-        )
-        check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
-
-
-def check(name: str, value: Any, fine: bool, right: str) -> None:
-    """Raises a `ValueError` that names an argument, its value and what would be right, unless it is fine."""
-    if not fine:
-        raise ValueError(f"{name} must be {right}; got {value!r}")
-
-
-def check_type(name: str, value: Any, annotation: str) -> None:
-    """Checks a setting against its annotation, a union of int, float, bool, str and None; others are let pass.
-
-    Raises:
-        ValueError: naming the setting, its value and what would be right.
-    """
-    words = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text", "None": "None"}
-    kinds = [kind.strip() for kind in annotation.split("|")]
-    if not set(kinds) <= set(words):
-        return
-    truth = isinstance(value, (bool, np.bool_))
-    fits = {
-        "int": isinstance(value, numbers.Integral) and not truth,
-        "float": isinstance(value, numbers.Real) and not truth,
-        "bool": truth,
-        "str": isinstance(value, str),
-        "None": value is None,
-    }
-    check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
-
-
-def make_config(config_class: type[AgentConfig], config: AgentConfig | None, settings: Mapping[str, Any]) -> Any:
-    """A config from its class and keyword settings.
-
-    Raises:
-        ValueError: for a setting that does not exist, with the nearest name, or one of the wrong type.
-    """
-    known = {f.name: f for f in dataclasses.fields(config_class)}
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
-            raise ValueError(f"{name!r} is not a setting of {config_class.__name__}{hint}")
-    if config is None:
-        return config_class(**settings)
-    if not isinstance(config, config_class):
-        raise ValueError(f"config must be a {config_class.__name__}; got {type(config).__name__}")
-    return dataclasses.replace(config, **settings)
-
-
-def base_env(env: Any) -> TextEnv | TextVectorEnv:
-    """The `TextEnv` or `TextVectorEnv` inside any wrappers (the first one of a `SyncVectorEnv`).
-
-    Raises:
-        ValueError: where there is none.
-    """
-    base = getattr(env, "unwrapped", env)
-    if isinstance(base, gym.vector.SyncVectorEnv):
-        base = base.envs[0].unwrapped
-    if not isinstance(base, (TextEnv, TextVectorEnv)):
-        raise ValueError(f"env must be a textrl environment, wrapped or not; got {base!r}")
-    return base
-
-
-def is_bare(env: AnyEnv) -> bool:
-    """Whether nothing stands between the agent and the environment but Gymnasium's own checks."""
-    while isinstance(env, (gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing)):
-        env = env.env
-    return type(env) in (TextEnv, TextVectorEnv)
 
 
 class Agent:
@@ -171,6 +68,9 @@ class Agent:
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
     group_size = 1
     """Samples of each prompt in a rollout; an agent that compares samples of one prompt sets it."""
+    not_saved: ClassVar[tuple[str, ...]] = ("learning_rate", "group_size", "env", "base", "task", "tokenizer")
+    """Attributes that follow from the arguments. All others that are numbers, tensors, generators, lists of these or
+    have a `state_dict` are in a checkpoint; a subclass names those of its own that should not be."""
 
     def __init__(
         self,
@@ -199,6 +99,9 @@ class Agent:
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
+        self.stuck = 0  # iterations in a row that nothing could be learned from
+        self.call: dict[str, Any] | None = None  # of `learn`: how far it goes, and what it has saved
+        self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
         if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
@@ -236,6 +139,17 @@ class Agent:
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learns from one batch of episodes; returns numbers to log."""
         raise NotImplementedError(f"{type(self).__name__} must define update(rollout)")
+
+    @classmethod
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
+        """What `textrl train --dataset FILE` hands to the constructor as `dataset`: by default rows as they are.
+
+        Raises:
+            ValueError: for an agent that takes no dataset.
+        """
+        if "dataset" not in inspect.signature(cls).parameters:
+            raise ValueError(f"--dataset is for agents that learn from given data; {cls.__name__} learns from its own")
+        return read_rows(file, skip_bad_rows=skip_bad_rows, called="--dataset")
 
     def collect(self) -> Rollout:
         """The next batch to learn from: by default `batch_size` fresh episodes of the environment."""
@@ -323,47 +237,50 @@ class Agent:
 
     def learn(
         self,
-        total_timesteps: int,
+        total_timesteps: int | None = None,
         *,
         log_dir: str | Path | None = None,
         progress_bar: bool = False,
         callback: Callback | None = None,
+        checkpoint_every: int | None = None,
+        keep: int = 2,
+        resume: bool = False,
     ) -> Self:
         """Collects and updates until `total_timesteps` more tokens have been learned from.
 
+        An agent that was saved in the middle of a call of `learn` and loaded goes on with that call when asked for the
+        same `total_timesteps`, for what is left of it, or for None; it ends as if it had never been interrupted.
+
         Args:
             total_timesteps: tokens.
-            log_dir: where `progress.csv` and TensorBoard's files go; None logs nothing.
+            log_dir: where `progress.csv`, TensorBoard's files and checkpoints go; None logs nothing. Rows beyond the
+                agent's iterations are dropped.
             progress_bar: shows a bar with the time left, and a row of the main numbers for every iteration.
             callback: called with the agent and the metrics after every update; returning False ends the loop.
+            checkpoint_every: tokens between checkpoints in `log_dir/checkpoints`. With it, SIGINT and SIGTERM end the
+                iteration and leave a checkpoint too, and `log_dir/best` is the one with the best scores before it.
+            keep: so many of the newest checkpoints stay, and the best.
+            resume: goes on from the newest whole checkpoint in `log_dir`, if there is one.
 
         Returns:
             the agent.
+
+        Raises:
+            TrainingError: when loss or gradient are not finite three times in a row.
         """
-        check("total_timesteps", total_timesteps, total_timesteps > 0, "above 0")
-        start, goal = self.num_timesteps, self.num_timesteps + total_timesteps
-        with few_threads(self.model), RunLog(log_dir, progress_bar, total_timesteps, type(self).__name__) as log:
-            while self.num_timesteps < goal:
-                if self.config.learning_rate_schedule == "linear":
-                    self._anneal((goal - self.num_timesteps) / total_timesteps)
-                began = time.perf_counter()
-                self.progress_remaining = (goal - self.num_timesteps) / total_timesteps
-                rollout = self.collect()
-                collected = time.perf_counter()
-                metrics = {**rollout.metrics(), **self.update(rollout)}
-                self.stepper.forget()
-                self.num_timesteps += rollout.num_tokens
-                self.num_updates += 1
-                now = time.perf_counter()
-                metrics["time/tokens_per_second"] = rollout.num_tokens / (now - began)
-                metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - began, now - collected
-                log.write(metrics, self.num_timesteps, self.num_updates, self.num_timesteps - start)
-                if callback is not None and callback(self, metrics) is False:
-                    break
-        self._anneal(1.0)
+        run = loop.Run(
+            log_dir=log_dir,
+            progress_bar=progress_bar,
+            callback=callback,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
+            resume=resume,
+        )
+        loop.learn(self, total_timesteps, run)
         return self
 
-    def _anneal(self, schedule: float) -> None:
+    def anneal(self, schedule: float) -> None:
+        """Sets the share of the learning rate in force."""
         self.schedule = schedule
         self.optimizer.learning_rate = self.learning_rate * schedule
 

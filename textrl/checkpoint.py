@@ -1,9 +1,11 @@
-"""Agents on disk: safetensors and JSON only, written beside and then renamed."""
+"""Agents on disk: safetensors and JSON only, written beside and then renamed, checked before they are used."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
+
+from . import state
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -20,13 +26,31 @@ if TYPE_CHECKING:
     AgentT = TypeVar("AgentT", bound=Agent)
 
 MANIFEST = "agent.json"
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A saved agent that is not what was written, or could not be written."""
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
 
 
 def write_json(file: Path, content: Any) -> None:
     """Writes JSON beside and then renames it: the file is there whole or as it was."""
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(part)
     part.replace(file)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -39,75 +63,211 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
 
     Raises:
         ValueError: where `folder` holds files but not the mark.
+        CheckpointError: where the disk is full or cannot be written to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).exists())):
         raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         part.chmod(0o755)
         yield part
+        for each in [*part.rglob("*"), part]:
+            sync(each)
         if folder.exists():
-            shutil.rmtree(folder)
+            old = folder.rename(part.with_name(part.name + "-old"))
         part.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for each in (part, old):
+            shutil.rmtree(each, ignore_errors=True)
 
 
-def save_agent(agent: Agent, folder: Path) -> None:
-    """Writes an agent into `folder`, whole or not at all; what stood there before is replaced.
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    The policy and its tokenizer lie at the top, so `AutoModelForCausalLM.from_pretrained(folder)` works; every other
-    module has a folder of its own (a `PreTrainedModel`) or a safetensors file.
-    """
-    with whole_folder(folder, MANIFEST) as part:
-        for name, module in agent.modules.items():
-            if isinstance(module, PreTrainedModel):
-                module.save_pretrained(part if name == "policy" else part / name)
-            else:
-                save_file(module.state_dict(), part / f"{name}.safetensors")
-        agent.tokenizer.save_pretrained(part)
-        settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
-        manifest = {
-            "agent": type(agent).__name__,
-            "config": settings,
-            "num_timesteps": agent.num_timesteps,
-            "num_updates": agent.num_updates,
-            "kl_coef": agent.base.kl_coef,
-        }
-        write_json(part / MANIFEST, manifest)
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes `agent.json`: facts, the sizes and hashes of all other files, and a hash of itself."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {**facts, "files": files}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `agent.json` in a folder says.
 
     Raises:
-        ValueError: where there is none, or it cannot be read.
+        CheckpointError: where there is none, or it is not as it was written.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"folder must hold a saved agent ({MANIFEST}); {str(folder)!r} does not ({error})") from None
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256", None)
+    except (OSError, ValueError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"folder must hold a saved agent ({MANIFEST}); {str(folder)!r} does not ({said})"
+        ) from None
+    if digest != _digest(manifest):
+        raise CheckpointError(f"{str(folder / MANIFEST)!r} is damaged: its content is not what was written")
     return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder all of whose files are as they were written.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut short or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, right in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{str(file)!r} is missing")
+        if (size := file.stat().st_size) != right["bytes"]:
+            raise CheckpointError(f"{str(file)!r} is damaged: it has {size} bytes, not {right['bytes']}")
+        if file_hash(file) != right["sha256"]:
+            raise CheckpointError(f"{str(file)!r} is damaged: its content is not what was written")
+    return manifest
+
+
+# ---- modules and state ---------------------------------------------------------------------------------------------
+
+
+def save_module(module: nn.Module, folder: Path, name: str) -> None:
+    """Writes a `PreTrainedModel` into a folder of that name ("": `folder` itself), another module into one file."""
+    if isinstance(module, PreTrainedModel):
+        module.save_pretrained(folder / name)
+    else:
+        save_file(module.state_dict(), folder / f"{name}.safetensors")
+
+
+def load_module(module: nn.Module, folder: Path, name: str) -> None:
+    """Puts the weights that `save_module` wrote into a module of the same form."""
+    if not isinstance(module, PreTrainedModel):
+        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        return
+    weights = {}
+    for file in sorted((folder / name).glob("model*.safetensors")):  # a large model is written in several
+        weights.update(load_file(file))
+    unknown = module.load_state_dict(weights, strict=False).unexpected_keys  # weights that are tied are written once
+    if unknown or not weights:
+        raise CheckpointError(f"{str(folder / name)!r} holds the weights of another model: {unknown[:3]}")
+
+
+def save_state(folder: Path, content: Any, tensors: state.Tensors) -> None:
+    """Writes what `state.pack` gave."""
+    save_file(tensors, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path) -> tuple[Any, state.Tensors]:
+    """What `save_state` wrote."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / TENSORS)
+
+
+# ---- agents --------------------------------------------------------------------------------------------------------
+
+
+def save_agent(agent: Agent, folder: Path) -> None:
+    """Writes an agent into `folder`, whole or not at all; what stood there before is replaced.
+
+    The policy and its tokenizer lie at the top, so `AutoModelForCausalLM.from_pretrained(folder)` works; every other
+    module has a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
+    hold what learning needs to go on: the optimizer, the generators, the positions.
+    """
+    with whole_folder(folder, MANIFEST) as part:
+        for name, module in agent.modules.items():
+            save_module(module, part, "" if name == "policy" else name)
+        agent.tokenizer.save_pretrained(part)
+        tensors: state.Tensors = {}
+        content = {
+            "agent": state.pack_attributes(agent, tensors, skipped(agent)),
+            "env": state.pack_env(agent.env, tensors),
+            "generators": state.pack_generators(tensors),
+        }
+        save_state(part, content, tensors)
+        facts = {
+            "agent": type(agent).__name__,
+            "config": {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate},
+            "num_timesteps": agent.num_timesteps,
+            "num_updates": agent.num_updates,
+            "kl_coef": agent.base.kl_coef,
+        }
+        write_manifest(part, facts)
+
+
+def skipped(agent: Agent) -> set[str]:
+    """Attributes of an agent that are saved in another way, or made anew from its arguments."""
+    modules = [name for name, value in vars(agent).items() if isinstance(value, nn.Module)]
+    saved = [name for name in modules if any(getattr(agent, name) is module for module in agent.modules.values())]
+    return {"modules", *saved, *(name for each in type(agent).__mro__ for name in vars(each).get("not_saved", ()))}
+
+
+def restore(agent: Agent, folder: Path) -> None:
+    """Brings an agent to where the one was that `save_agent` wrote, which was made in the same way.
+
+    Raises:
+        CheckpointError: for a folder that is damaged or holds no agent.
+        ValueError: for an agent of another class or with other settings.
+    """
+    _restore(agent, folder, verify(folder), new_settings=False)
+
+
+def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settings: bool) -> None:
+    if manifest["agent"] != type(agent).__name__:
+        raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {type(agent).__name__}")
+    settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
+    settings = json.loads(json.dumps(settings))
+    differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
+    if differing and not new_settings:
+        raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(differing)}")
+    for name, module in agent.modules.items():
+        load_module(module, folder, "" if name == "policy" else name)
+    content, tensors = load_state(folder)
+    if {"trainable_layers", "dtype"} & set(differing):
+        content["agent"].pop("optimizer", None)
+    agent.base.kl_coef = manifest["kl_coef"]
+    state.unpack_attributes(agent, content["agent"], tensors, agent.device)
+    state.unpack_env(agent.env, content["env"], tensors, agent.device)
+    agent.anneal(agent.schedule)
+    agent.resumed = Resumed(content["generators"], tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """What a restored agent takes up only when it goes on learning: the generators that belong to nobody."""
+
+    generators: Any
+    tensors: state.Tensors
+
+    def take_up(self) -> None:
+        """Puts the global generators where they were."""
+        state.unpack_generators(self.generators, self.tensors)
 
 
 def load_agent(cls: type[AgentT], folder: Path, env: Any, settings: Mapping[str, Any]) -> AgentT:
     """Makes the agent that `save_agent` wrote.
 
     Raises:
-        ValueError: for a folder without an agent, or with one of another class.
+        CheckpointError: for a folder that is damaged or holds no agent.
+        ValueError: for an agent of another class.
     """
-    manifest = read_manifest(folder)
+    manifest = verify(folder)
     if manifest["agent"] != cls.__name__:
         raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
     agent = cls(env, str(folder), **{**manifest["config"], **settings})
-    agent.num_timesteps, agent.num_updates = manifest["num_timesteps"], manifest["num_updates"]
-    agent.base.kl_coef = manifest["kl_coef"]
-    for name, module in agent.modules.items():
-        if name == "policy":
-            continue
-        if isinstance(module, PreTrainedModel):
-            module.load_state_dict(load_file(folder / name / "model.safetensors"), strict=False)
-        else:
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    _restore(agent, folder, manifest, new_settings=True)
     return agent

@@ -1,15 +1,21 @@
-"""A run's log: CSV and TensorBoard through Stable-Baselines3's logger, a bar and a table through rich."""
+"""A run's log: CSV and TensorBoard files, a bar and a table through rich."""
 
 from __future__ import annotations
 
+import csv
+import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stable_baselines3.common.logger import Logger, configure
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PROGRESS = "progress.csv"
+ITERATION = "time/iteration"
 COLUMNS = {
     "score": "rollout/score",
     "return": "rollout/return",
@@ -24,6 +30,70 @@ COLUMNS = {
 """The columns of the table on the terminal; those a run does not have are left out."""
 
 
+class ProgressFile:
+    """`progress.csv`: a row for every iteration, and nothing in it that another run of the same seed would not write.
+
+    A column that is new in a later row is added to the whole file. A row is in the file whole or not at all as far as
+    a reader can tell: a torn last line is dropped when the file is opened again.
+
+    Args:
+        file: where. Its rows up to iteration `after` stay, later ones go.
+        after: how many iterations there have been.
+    """
+
+    def __init__(self, file: Path, after: int = 0) -> None:
+        self.path = file
+        rows = [row for row in read_progress(file) if int(row[ITERATION]) <= after] if after else []
+        self.names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+        self.file: TextIO | None = None
+        self._rewrite([[row[name] for name in self.names] for row in rows])
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
+        """Replaces the file by one with the columns as they are now."""
+        if self.file is not None:
+            self.file.close()
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([self.names, *rows] if self.names else [])
+        part.replace(self.path)
+        self.file = self.path.open("a", newline="", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row."""
+        if new := [name for name in row if name not in self.names]:
+            before = [[*each.values(), *[""] * len(new)] for each in read_progress(self.path)]
+            self.names += new
+            self._rewrite(before)
+        assert self.file is not None
+        csv.writer(self.file, lineterminator="\n").writerow([written(row.get(name)) for name in self.names])
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Returns once the rows so far are on the disk."""
+        assert self.file is not None
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        assert self.file is not None
+        self.file.close()
+
+
+def read_progress(file: Path) -> list[dict[str, str]]:
+    """The whole rows of a `progress.csv`, as texts; none where there is no file."""
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(whole.splitlines()))
+
+
+def written(value: Any) -> str:
+    """A number as it stands in `progress.csv`: every digit, so that it can be read back."""
+    return "" if value is None else str(value) if isinstance(value, (int, str)) else repr(float(value))
+
+
 class RunLog:
     """Where the numbers of a run go.
 
@@ -33,16 +103,29 @@ class RunLog:
         total: timesteps to go.
         title: beside the bar.
         unit: what the bar counts.
+        after: iterations that are in the log already and stay; what is logged beyond them goes.
+        timesteps: at that iteration.
     """
 
     def __init__(
-        self, log_dir: str | Path | None, progress_bar: bool, total: int, title: str, unit: str = "tokens"
+        self,
+        log_dir: str | Path | None,
+        progress_bar: bool,
+        total: int,
+        title: str,
+        unit: str = "tokens",
+        after: int = 0,
+        timesteps: int = 0,
     ) -> None:
         self.total = total
-        self.logger: Logger | None = None
+        self.file: ProgressFile | None = None
+        self.board: SummaryWriter | None = None
         if log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             Path(log_dir).mkdir(parents=True, exist_ok=True)
-            self.logger = configure(str(log_dir), ["csv", "tensorboard"])
+            self.file = ProgressFile(Path(log_dir) / PROGRESS, after)
+            self.board = SummaryWriter(str(log_dir), purge_step=timesteps + 1 if after else None)  # type: ignore[no-untyped-call]
         self.progress: Progress | None = None
         if progress_bar:
             self.progress = Progress(
@@ -68,8 +151,9 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the files and the bar, whatever happened."""
-        if self.logger is not None:
-            self.logger.close()
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()  # type: ignore[no-untyped-call]
         if self.progress is not None:
             self.progress.stop()
 
@@ -77,23 +161,28 @@ class RunLog:
         """One iteration's numbers.
 
         Args:
-            metrics: by name, "group/name".
+            metrics: by name, "group/name". What starts with "time/" differs from run to run and stays out of the CSV.
             timesteps: tokens learned from so far.
             iteration: updates so far.
             fresh: timesteps of this call of `learn`.
         """
-        if self.logger is not None:
-            self.logger.record("time/iteration", iteration)
-            self.logger.record("time/timesteps", timesteps)
-            for key, value in metrics.items():
-                self.logger.record(key, value)
-            self.logger.dump(timesteps)
+        if self.file is not None and self.board is not None:
+            numbers = {key: value for key, value in metrics.items() if not key.startswith("time/")}
+            self.file.write({ITERATION: iteration, "time/timesteps": timesteps, **numbers})
+            for key, value in {ITERATION: iteration, **metrics}.items():
+                self.board.add_scalar(key, value, timesteps)  # type: ignore[no-untyped-call]
+            self.board.flush()  # type: ignore[no-untyped-call]
         if self.progress is not None:
             if self.header is None:
                 self.header = [name for name, key in COLUMNS.items() if key in metrics]
                 self._print(["iter", *self.header])
             self._print([str(iteration), *(_number(metrics.get(COLUMNS[name])) for name in self.header)])
             self.progress.update(self.bar, completed=min(fresh, self.total))
+
+    def sync(self) -> None:
+        """Returns once the rows so far are on the disk."""
+        if self.file is not None:
+            self.file.sync()
 
     def _print(self, cells: list[str]) -> None:
         assert self.progress is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +80,27 @@ class Optimizer:
         for _, master in live:
             master.grad = None
         return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, the float32 copies and the counts; not the settings."""
+        copies = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
+        counts = {"skipped": self.skipped, "learning_rate": self.learning_rate}
+        return {"adam": self.adam.state_dict()["state"], "masters": copies, **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave, for the same parameters.
+
+        Raises:
+            ValueError: for a state of other parameters.
+        """
+        fits = len(state["masters"]) == len(self.masters) and all(
+            self.masters[i].shape == moments["exp_avg"].shape for i, moments in state["adam"].items()
+        )
+        if not fits:
+            raise ValueError("the state of the optimizer is that of other parameters: keep trainable_layers as it was")
+        self.adam.load_state_dict({"state": state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})
+        with torch.no_grad():
+            for parameter, master, copy in zip(self.parameters, self.masters, state["masters"], strict=True):
+                if parameter is not master:
+                    master.copy_(parameter if copy is None else copy)
+        self.skipped, self.learning_rate = state["skipped"], state["learning_rate"]

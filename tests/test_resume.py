@@ -1,0 +1,287 @@
+"""A run stopped anywhere and taken up again ends as one that was never stopped, to the last bit."""
+
+import csv
+import json
+import random
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import textrl
+from textrl import agents
+from textrl.checkpoint import CheckpointError
+from textrl.policy import small_model
+from textrl.returns import masked_mean
+from textrl.runs import Checkpoints
+
+ID = "textrl/Copy-v0"
+TOTAL = 260
+
+
+class Mine(textrl.Agent):
+    """An agent of one's own, with state of several kinds that nobody declared."""
+
+    def build(self):
+        self._mean, self.recent, self.noise = 0.0, [], np.random.default_rng(3)
+        self.scale = torch.ones(2)
+        self.slow = torch.nn.Linear(1, 1)
+        self.buffer = []
+
+    def update(self, rollout):
+        self._mean = 0.9 * self._mean + 0.1 * float(rollout.scores.mean())
+        self.recent = [*self.recent, self._mean][-3:]
+        self.scale = self.scale * 0.9 + self.noise.random()
+        torch.nn.init.constant_(self.slow.weight, self._mean)
+        self.buffer = [*self.buffer, rollout][-2:]  # learns from the batch before, too
+        shift = sum(self.recent) + float(self.scale.sum()) + float(self.slow.weight.detach()) + random.random()
+        old = self.buffer[0]
+        old.advantages = (old.scores[:, None] - shift * 0.1).expand_as(old.rewards)
+
+        def loss(batch):
+            return masked_mean(-batch.advantages * self.logprobs(batch), batch.action_mask), {}
+
+        return {f"train/{key}": value for key, value in self.minimise(loss, old).items()}
+
+
+ROWS = [{"prompt": a + b, "completion": b + a} for a in "abc" for b in "abc"]
+PAIRS = [{"prompt": a + b, "chosen": a + b, "rejected": b + "c"} for a in "abc" for b in "abc"]
+LOGGED = [{**row, "score": i / 9} for i, row in enumerate(ROWS)]
+PENALTY = {"kl_coef": 0.1}
+
+
+def reference():
+    return small_model(4, 16, 7)
+
+
+def sampled(**k):
+    return gym.make_vec(ID, num_envs=1, **k)
+
+
+RUNS = {
+    "PPO": lambda: agents.PPO(sampled(reference=reference(), **PENALTY), batch_size=16, kl_target=2.0),
+    "PPO, shared critic": lambda: agents.PPO(sampled(), batch_size=16, critic="shared"),
+    "PPO in bfloat16": lambda: agents.PPO(sampled(), batch_size=16, dtype="bfloat16"),
+    "PPO, last layers": lambda: agents.PPO(sampled(), batch_size=16, trainable_layers=1),
+    "REINFORCE": lambda: agents.REINFORCE(sampled(), batch_size=16),
+    "REINFORCE, learned baseline": lambda: agents.REINFORCE(sampled(), batch_size=16, baseline="value"),
+    "A2C": lambda: agents.A2C(sampled(), batch_size=16, learning_rate_schedule="constant"),
+    "TRPO": lambda: agents.TRPO(sampled(), batch_size=16),
+    "GRPO": lambda: agents.GRPO(sampled(reference=reference(), **PENALTY), batch_size=16, group_size=4),
+    "NLPO": lambda: agents.NLPO(sampled(), batch_size=16, mask_interval=2, top_p=0.9),
+    "SFT": lambda: agents.SFT(sampled(), dataset=ROWS, batch_size=12),
+    "DPO": lambda: agents.DPO(sampled(), dataset=PAIRS, batch_size=6),
+    "BPO": lambda: agents.BPO(sampled(), dataset=LOGGED, batch_size=12),
+    "BPO, tis": lambda: agents.BPO(
+        sampled(),
+        dataset=[{**row, "logprobs": [-1.0] * (len(row["completion"]) + 1)} for row in LOGGED],
+        batch_size=6,
+        weighting="tis",
+    ),
+    "ReST": lambda: agents.ReST(sampled(), batch_size=8, grow_batches=2, group_size=4),
+    "BestOfN": lambda: agents.BestOfN(sampled(), batch_size=8, n=4),
+    "Mine": lambda: Mine(sampled(), batch_size=16),
+    "Mine, a single env": lambda: Mine(gym.wrappers.NormalizeReward(gym.make(ID)), batch_size=8),
+}
+
+
+class Killed(Exception):
+    pass
+
+
+def weights(agent):
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in agent.modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def same_weights(one, two):
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+def stop_after(updates):
+    def callback(agent, metrics):
+        if agent.num_updates == updates:
+            raise Killed
+
+    return callback
+
+
+def learn(make, folder, total=TOTAL, **options):
+    """As a script would: the global generators stand anywhere, but the same where the run begins."""
+    agent = make()
+    random.seed(11)
+    return agent.learn(total, log_dir=folder, **options)
+
+
+WRAPPED = pytest.mark.xfail(strict=False, reason="wrappers with statistics are not yet restored to the last bit")
+NAMES = [pytest.param(name, marks=WRAPPED) if "single env" in name else name for name in RUNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_killed_twice_ends_as_one_never_stopped(name, tmp_path):
+    whole = learn(RUNS[name], tmp_path / "whole", checkpoint_every=100)
+    updates = whole.num_updates
+    assert updates >= 4
+    for stop in (2, updates - 1):
+        with pytest.raises(Killed):
+            learn(RUNS[name], tmp_path / "run", callback=stop_after(stop), checkpoint_every=50, resume=True)
+        random.seed(stop)
+    again = learn(RUNS[name], tmp_path / "run", checkpoint_every=50, resume=True)
+    assert again.num_updates == updates
+    assert same_weights(weights(again), weights(whole))
+    assert (tmp_path / "run/progress.csv").read_bytes() == (tmp_path / "whole/progress.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["PPO", "DPO"])
+def test_a_loaded_agent_goes_on_with_the_call_it_was_saved_in(name, tmp_path):
+    whole = learn(RUNS[name], tmp_path / "whole")
+    half = learn(RUNS[name], tmp_path / "half", callback=lambda agent, metrics: agent.num_updates < 3)
+    half.save(tmp_path / "saved")
+    extra = {"dataset": PAIRS} if name == "DPO" else {}
+    for total in (TOTAL, None, TOTAL - half.num_timesteps):
+        loaded = type(half).load(tmp_path / "saved", RUNS[name]().env, **extra)
+        loaded.learn(total, log_dir=tmp_path / "half")
+        assert same_weights(weights(loaded), weights(whole))
+        assert (tmp_path / "half/progress.csv").read_bytes() == (tmp_path / "whole/progress.csv").read_bytes()
+    before = loaded.num_timesteps
+    assert loaded.learn(TOTAL).num_timesteps >= before + TOTAL, "a call that ended is not gone on with"
+
+
+def test_two_runs_of_one_seed_write_the_same_bytes_and_another_seed_does_not(tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        agents.PPO(sampled(), batch_size=16, seed=seed).learn(300, log_dir=tmp_path / name)
+    a, b, c = ((tmp_path / name / "progress.csv").read_bytes() for name in "abc")
+    assert a == b != c
+    assert b"seconds" not in a
+
+
+def test_checkpoints_keep_the_last_few_and_the_best(tmp_path):
+    rows = []
+    agent = RUNS["REINFORCE"]()
+    agent.learn(
+        TOTAL,
+        log_dir=tmp_path,
+        checkpoint_every=60,
+        keep=2,
+        callback=lambda agent, metrics: rows.append((agent.num_timesteps, metrics["rollout/score"])),
+    )
+    means, seen, due = {}, [], 60
+    for timesteps, score in rows:
+        seen.append(score)
+        if timesteps >= due:
+            means[timesteps], seen = np.mean(seen), []
+            due += 60 * (1 + (timesteps - due) // 60)
+    best = max(means, key=means.get)
+    checkpoints = Checkpoints(tmp_path, 2)
+    written = sorted({*means, agent.num_timesteps})
+    assert set(checkpoints.steps()) == {best, *written[-2:]}
+    assert (tmp_path / "best").resolve() == checkpoints.path(best)
+    loaded = agents.REINFORCE.load(tmp_path / "best", sampled())
+    assert loaded.num_timesteps == best
+
+
+def test_no_pickle_and_nothing_left_over(tmp_path):
+    agent = learn(RUNS["NLPO"], tmp_path, checkpoint_every=100)
+    agent.save(tmp_path / "final")
+    kinds = {file.suffix for file in tmp_path.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    assert kinds == {".json", ".safetensors", ".csv"}
+    assert {each.name for each in tmp_path.iterdir()} >= {"checkpoints", "best", "final", "progress.csv"}
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.fixture(scope="module")
+def damaged_run(tmp_path_factory):
+    """A run with two checkpoints, and how it ends when it is never stopped."""
+    folder = tmp_path_factory.mktemp("run")
+    whole = learn(RUNS["PPO, shared critic"], folder / "whole", total=200)
+    with pytest.raises(Killed):
+        learn(RUNS["PPO, shared critic"], folder / "run", total=200, callback=stop_after(3), checkpoint_every=1)
+    return folder, whole
+
+
+FILES = ["agent.json", "model.safetensors", "state.json", "state.safetensors", "value_head.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_damage_is_named_and_the_checkpoint_before_is_taken(file, damage, damaged_run, tmp_path, capsys):
+    import shutil
+
+    folder, whole = damaged_run
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    newest = Checkpoints(tmp_path / "run", 2)
+    assert len(newest.steps()) == 2
+    target = newest.path(newest.steps()[0]) / file
+    content = target.read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "cut": content[:middle],
+        "flipped": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+    }
+    target.unlink() if damage == "gone" else target.write_bytes(changed[damage])
+    with pytest.raises(CheckpointError, match=file.replace(".", r"\.")) as caught:
+        agents.PPO.load(target.parent, sampled())
+    assert "\n" not in str(caught.value)
+    again = learn(RUNS["PPO, shared critic"], tmp_path / "run", total=200, checkpoint_every=1, resume=True)
+    assert file in capsys.readouterr().err
+    assert same_weights(weights(again), weights(whole))
+    assert (tmp_path / "run/progress.csv").read_bytes() == (folder / "whole/progress.csv").read_bytes()
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    learn(RUNS["REINFORCE"], tmp_path, total=60, checkpoint_every=30)
+    with pytest.raises(ValueError, match="another baseline_decay, seed"):
+        agents.REINFORCE(sampled(), batch_size=16, seed=5, baseline_decay=0.5).learn(
+            60, log_dir=tmp_path, checkpoint_every=30, resume=True
+        )
+
+
+def test_a_torn_last_row_is_no_row(tmp_path):
+    learn(RUNS["REINFORCE"], tmp_path / "whole", total=200)
+    with pytest.raises(Killed):
+        learn(RUNS["REINFORCE"], tmp_path / "run", total=200, callback=stop_after(3), checkpoint_every=1)
+    with (tmp_path / "run/progress.csv").open("a") as file:
+        file.write("4,99")
+    learn(RUNS["REINFORCE"], tmp_path / "run", total=200, resume=True)
+    with (tmp_path / "run/progress.csv").open() as file:
+        iterations = [int(row["time/iteration"]) for row in csv.DictReader(file)]
+    assert iterations == list(range(1, len(iterations) + 1))
+    assert (tmp_path / "run/progress.csv").read_bytes() == (tmp_path / "whole/progress.csv").read_bytes()
+
+
+def test_a_new_column_is_added_to_the_whole_file(tmp_path):
+    class Late(textrl.Agent):
+        def update(self, rollout):
+            return {"train/late": 1.5} if self.num_updates >= 2 else {}
+
+    Late(sampled(), batch_size=4).learn(60, log_dir=tmp_path)
+    with (tmp_path / "progress.csv").open() as file:
+        late = [row["train/late"] for row in csv.DictReader(file)]
+    assert late[:2] == ["", ""]
+    assert set(late[2:]) == {"1.5"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint_every": 10}, "checkpoint_every must be left out without log_dir; got 10"),
+        ({"resume": True}, "resume must be left out without log_dir; got True"),
+        ({"checkpoint_every": 0, "log_dir": "x"}, "checkpoint_every must be at least 1; got 0"),
+        ({"keep": 0}, "keep must be at least 1; got 0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        agents.REINFORCE(sampled()).learn(10, **options)
+
+
+def test_a_manifest_lists_every_file(tmp_path):
+    agents.REINFORCE(sampled()).save(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a/agent.json").read_text())
+    files = {file.name for file in (tmp_path / "a").iterdir()} - {"agent.json"}
+    assert set(manifest["files"]) == files

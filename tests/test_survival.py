@@ -1,0 +1,74 @@
+"""Runs at the command line that are stopped by signals, and training that goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import textrl
+from textrl.loop import TrainingError
+from textrl.runs import Checkpoints
+
+FLAGS = ["--env", "textrl/Copy-v0", "--batch-size", "16", "--total-timesteps", "1500", "--checkpoint-every", "60"]
+
+
+def start(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "textrl.cli", "train", *arguments, "--quiet"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(folder, process):
+    while not Checkpoints(folder, 2).steps():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_signals_end_the_iteration_and_the_run_goes_on(tmp_path):
+    """SIGTERM, SIGINT and SIGKILL one after the other; then to the end."""
+    whole = start("reinforce", *FLAGS, "--log-dir", str(tmp_path / "whole"))
+    assert whole.wait() == 0
+    run = tmp_path / "run"
+    process = start("reinforce", *FLAGS, "--log-dir", str(run))
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        before = max(Checkpoints(run, 2).steps(), default=0)
+        while max(Checkpoints(run, 2).steps(), default=0) <= before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() == code
+        assert "Traceback" not in process.stderr.read()
+        process = start("--resume", str(run))
+    assert process.wait() == 0
+    for file in ("progress.csv", "final/model.safetensors"):
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+class Broken(textrl.Agent):
+    """Its loss is NaN from the third update on."""
+
+    def update(self, rollout):
+        factor = float("nan") if self.num_updates >= 2 else 1.0
+
+        def loss(batch):
+            return self.logprobs(batch).mean() * factor, {}
+
+        return {f"train/{key}": value for key, value in self.minimise(loss, rollout).items()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_after_three(tmp_path):
+    env = textrl.TextEnv(textrl.registration.make_task("textrl.envs.copy:Copy"))
+    agent = Broken(env, batch_size=4)
+    with pytest.raises(TrainingError, match=r"3 iterations in a row .*the last good checkpoint is .*step-0") as caught:
+        agent.learn(10_000, log_dir=tmp_path, checkpoint_every=1)
+    assert "\n" not in str(caught.value)
+    assert agent.num_updates == 5
+    assert agent.optimizer.skipped == 3
+    assert all(torch.isfinite(p).all() for p in agent.model.parameters())

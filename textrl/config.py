@@ -1,0 +1,92 @@
+"""Settings of agents: what all of them take, and checks that name the setting, its value and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What every agent takes."""
+
+    learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
+    learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
+    batch_size: int = 64  # episodes an update
+    seed: int = 0  # of the weights, the prompts and the samples
+    device: str = "auto"  # "auto": the GPU where there is one
+    dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
+    weight_decay: float = 0.0  # of AdamW
+    trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
+    max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
+
+    def __post_init__(self) -> None:
+        """Checks the types of all settings and the ranges of those that all agents share."""
+        for each in dataclasses.fields(self):
+            check_type(each.name, getattr(self, each.name), str(each.type))
+        for name in ("batch_size", "max_tokens_per_microbatch"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        rate = self.learning_rate
+        check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
+        schedules = ("linear", "constant")
+        check(
+            "learning_rate_schedule",
+            self.learning_rate_schedule,
+            self.learning_rate_schedule in schedules,
+            f"one of {list(schedules)}",
+        )
+        check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
+
+
+def check(name: str, value: Any, fine: bool, right: str) -> None:
+    """Raises a `ValueError` that names an argument, its value and what would be right, unless it is fine."""
+    if not fine:
+        raise ValueError(f"{name} must be {right}; got {value!r}")
+
+
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Checks a setting against its annotation, a union of int, float, bool, str and None; others are let pass.
+
+    Raises:
+        ValueError: naming the setting, its value and what would be right.
+    """
+    words = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text", "None": "None"}
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not set(kinds) <= set(words):
+        return
+    truth = isinstance(value, (bool, np.bool_))
+    fits = {
+        "int": isinstance(value, numbers.Integral) and not truth,
+        "float": isinstance(value, numbers.Real) and not truth,
+        "bool": truth,
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
+
+
+def make_config(config_class: type[AgentConfig], config: AgentConfig | None, settings: Mapping[str, Any]) -> Any:
+    """A config from its class and keyword settings.
+
+    Raises:
+        ValueError: for a setting that does not exist, with the nearest name, or one of the wrong type.
+    """
+    known = {f.name: f for f in dataclasses.fields(config_class)}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
+            raise ValueError(f"{name!r} is not a setting of {config_class.__name__}{hint}")
+    if config is None:
+        return config_class(**settings)
+    if not isinstance(config, config_class):
+        raise ValueError(f"config must be a {config_class.__name__}; got {type(config).__name__}")
+    return dataclasses.replace(config, **settings)

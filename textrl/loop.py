@@ -1,0 +1,172 @@
+"""The one learning loop: collect, update, log, save, until enough tokens have been learned from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint
+from .config import check
+from .logging import RunLog
+from .policy import few_threads
+from .runs import Checkpoints, Signals
+from .state import forget_caches
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+Callback = Callable[["Agent", dict[str, float]], bool | None]
+"""Called with the agent and the metrics after every update; returning False ends the loop."""
+SKIPS_IN_A_ROW = 3
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on: what went wrong, and which checkpoint is the last good one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How one call of `Agent.learn` logs and saves; see there."""
+
+    log_dir: str | Path | None = None
+    progress_bar: bool = False
+    callback: Callback | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        every = self.checkpoint_every
+        check("checkpoint_every", every, every is None or every >= 1, "at least 1")
+        check("keep", self.keep, self.keep >= 1, "at least 1")
+        for name in ("checkpoint_every", "resume"):
+            check(
+                name,
+                getattr(self, name),
+                self.log_dir is not None or not getattr(self, name),
+                "left out without log_dir",
+            )
+
+
+def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
+    """Collects and updates until `total_timesteps` more tokens have been learned from; see `Agent.learn`."""
+    total = total_timesteps
+    check("total_timesteps", total, total is None or total > 0, "above 0")
+    folder = None if run.log_dir is None else Path(run.log_dir)
+    saved = None if folder is None else Checkpoints(folder, run.keep)
+    if run.resume and saved is not None:
+        saved.go_on(lambda found: checkpoint.restore(agent, found))
+    call = agent.call = _this_call(agent, total, run.checkpoint_every)
+    start, goal = call["start"], call["start"] + call["total"]
+    log = RunLog(
+        folder,
+        run.progress_bar,
+        call["total"],
+        type(agent).__name__,
+        after=agent.num_updates,
+        timesteps=agent.num_timesteps,
+    )
+    saving = run.checkpoint_every is not None and saved is not None
+    written: Path | None = None
+    stop = False
+    with few_threads(agent.model), log, Signals(saving) as signals:
+        while agent.num_timesteps < goal and not stop:
+            metrics = _iterate(agent, goal, call["total"])
+            log.write(metrics, agent.num_timesteps, agent.num_updates, agent.num_timesteps - start)
+            stop = run.callback is not None and run.callback(agent, metrics) is False
+            _stop_if_stuck(agent, metrics, saved)
+            written = None
+            if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
+                assert saved is not None
+                log.sync()
+                written = saved.write(agent.num_timesteps, agent.save, call["best"])
+            if written is not None:
+                signals.leave(written)
+    if agent.num_timesteps >= goal:
+        agent.call = None
+    agent.anneal(1.0)
+
+
+def _this_call(agent: Agent, total: int | None, checkpoint_every: int | None) -> dict[str, Any]:
+    """The call of `learn` that a restored agent was in, where that is the one to finish; else a new one."""
+    call, resumed, agent.resumed = agent.call, agent.resumed, None
+    if resumed is not None and call is not None:
+        left = call["start"] + call["total"] - agent.num_timesteps
+        if total in (None, call["total"], left):
+            resumed.take_up()
+            return {**call, "next": call["next"] or _after(agent, checkpoint_every)}
+    check("total_timesteps", total, total is not None, "given, unless a call of learn that was interrupted is to go on")
+    start = agent.num_timesteps
+    nothing = {"best": None, "best_score": None, "sum": 0.0, "count": 0}
+    return {"total": total, "start": start, "next": _after(agent, checkpoint_every), **nothing}
+
+
+def _after(agent: Agent, every: int | None) -> int | None:
+    """Timesteps at which the next checkpoint is due."""
+    return None if every is None else agent.num_timesteps + every
+
+
+def _iterate(agent: Agent, goal: int, total: int) -> dict[str, float]:
+    """One batch collected and learned from."""
+    agent.progress_remaining = (goal - agent.num_timesteps) / total
+    if agent.config.learning_rate_schedule == "linear":
+        agent.anneal(agent.progress_remaining)
+    began = time.perf_counter()
+    rollout = agent.collect()
+    collected = time.perf_counter()
+    skipped = agent.optimizer.skipped
+    metrics = {**rollout.metrics(), **agent.update(rollout)}
+    agent.stepper.forget()
+    forget_caches(agent.env)
+    agent.num_timesteps += rollout.num_tokens
+    agent.num_updates += 1
+    agent.stuck = agent.stuck + 1 if agent.optimizer.skipped > skipped or _broken(metrics) else 0
+    if agent.optimizer.skipped:
+        metrics["train/skipped_steps"] = agent.optimizer.skipped
+    now = time.perf_counter()
+    metrics["time/tokens_per_second"] = rollout.num_tokens / (now - began)
+    metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - began, now - collected
+    return metrics
+
+
+def _broken(metrics: dict[str, float]) -> bool:
+    """Whether the loss or the gradient was not finite."""
+    return not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train/loss", "train/grad_norm"))
+
+
+def _stop_if_stuck(agent: Agent, metrics: dict[str, float], saved: Checkpoints | None) -> None:
+    if agent.stuck < SKIPS_IN_A_ROW:
+        return
+    steps = saved.steps() if saved is not None else []
+    good = f"the last good checkpoint is {saved.path(steps[0])}" if saved and steps else "there is no checkpoint"
+    raise TrainingError(
+        f"loss or gradient was not finite in {SKIPS_IN_A_ROW} iterations in a row (loss {metrics.get('train/loss')},"
+        f" gradient norm {metrics.get('train/grad_norm')}), so nothing was learned from them; {good};"
+        ' a lower learning_rate or dtype="float32" usually mends it'
+    )
+
+
+def _due(agent: Agent, metrics: dict[str, float], every: int | None) -> bool:
+    """Whether a checkpoint is due, at timesteps that do not depend on interruptions; and whether it is the best.
+
+    The best is the one with the highest mean score of the iterations since the one before it.
+    """
+    call = agent.call
+    assert call is not None and every is not None
+    if "rollout/score" in metrics:
+        call["sum"], call["count"] = call["sum"] + metrics["rollout/score"], call["count"] + 1
+    if agent.num_timesteps < call["next"]:
+        return False
+    while call["next"] <= agent.num_timesteps:
+        call["next"] += every
+    if call["count"]:
+        score = call["sum"] / call["count"]
+        if call["best_score"] is None or score > call["best_score"]:
+            call["best"], call["best_score"] = agent.num_timesteps, score
+        call["sum"], call["count"] = 0.0, 0
+    return True

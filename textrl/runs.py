@@ -1,0 +1,129 @@
+"""The checkpoints in a run's folder: writing one, keeping the last few and the best, finding the newest whole one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from .checkpoint import CheckpointError, sync
+
+FOLDER, BEST = "checkpoints", "best"
+
+
+class Checkpoints:
+    """`RUN/checkpoints/step-000001000` and so on, and `RUN/best`, a link to the best of them.
+
+    Args:
+        run: the run's folder.
+        keep: how many of the newest stay; the best one stays too.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self.folder = run / FOLDER
+
+    def write(self, step: int, save: Callable[[Path], None], best: int | None = None) -> Path:
+        """Writes one, and removes those that are not kept any more.
+
+        Args:
+            step: its number: timesteps so far.
+            save: writes into a folder that does not exist yet, whole or not at all.
+            best: the number of the best one so far.
+        """
+        target = self.path(step)
+        self._remove(target)  # a run that goes on from an earlier one comes by here again
+        save(target)
+        if best is not None and self.path(best).is_dir():
+            link = self.run / f".{BEST}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(FOLDER) / self.path(best).name)
+            link.replace(self.run / BEST)
+        for old in self.steps()[self.keep :]:
+            if old != best:
+                self._remove(self.path(old))
+        return target
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step-{step:09d}"
+
+    def steps(self) -> list[int]:
+        """The numbers of all checkpoints, the newest first."""
+        names = [each.name.removeprefix("step-") for each in self.folder.glob("step-*")]
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def go_on(self, restore: Callable[[Path], None]) -> Path | None:
+        """Restores the newest checkpoint that is whole.
+
+        Those that are damaged are named on stderr; they and leftovers of a run that was killed are removed.
+
+        Returns:
+            the checkpoint, or None where there is none.
+        """
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for step in self.steps():
+            folder = self.path(step)
+            try:
+                restore(folder)
+                return folder
+            except CheckpointError as error:
+                sys.stderr.write(f"textrl: {error}; going on from the checkpoint before it\n")
+                self._remove(folder)
+        return None
+
+    def _remove(self, folder: Path) -> None:
+        if folder.exists():
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
+            sync(self.folder)
+
+
+class Signals:
+    """Makes SIGINT and SIGTERM wait for a good moment: `caught` says which came. A second one exits at once.
+
+    Args:
+        active: whether to do anything; only the main thread can.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Takes the signals over."""
+        if self.active:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            os._exit(128 + number)
+        self.caught = number
+        sys.stderr.write("textrl: stopping with a checkpoint after this iteration; once more to stop at once\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives them back."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def leave(self, checkpoint: Path) -> None:
+        """Ends the program as the signal would have, if one came.
+
+        Raises:
+            KeyboardInterrupt: for SIGINT.
+            SystemExit: 143, for SIGTERM.
+        """
+        if self.caught == signal.SIGINT:
+            raise KeyboardInterrupt(f"stopped; {checkpoint} holds the run as it stands")
+        if self.caught == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
