@@ -29,7 +29,7 @@ from textrl import checkpoint, fetch
 from textrl.agent import check
 from textrl.env import TextEnv
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
-from textrl.ratings import human_ceiling, load_ratings, openings, rating_pairs
+from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.report import Section, curves, distinct, visible, write_report
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
@@ -53,20 +53,21 @@ class RLHFConfig:
     opening_words: int = 4  # words of a review that are given as the prompt
     max_new_tokens: int = 24  # horizon
     temperature: float = 0.8  # of policy and reference, in sampling and in the updates
-    sft_timesteps: int = 32_000  # tokens of SFT
+    sft_timesteps: int = 16_000  # tokens of SFT
     sft_batch_size: int = 32  # sentences a step
     sft_learning_rate: float = 3e-4  # step size of SFT
-    reward_pairs: int = 2800  # pairs the reward model learns from
-    reward_batch_size: int = 16  # pairs a step
-    reward_learning_rate: float = 2e-4  # step size of the reward model
+    reward_groups: int = 52  # groups of sentences the reward model learns from, one a step
+    reward_group_size: int = 32  # sentences in a group: all their pairs that differ by the gap are compared
+    reward_learning_rate: float = 4e-4  # step size of the reward model
     pair_gap: float = 1.0  # least difference of the mean ratings of a pair
-    ppo_timesteps: int = 13_000  # tokens of PPO
-    ppo_batch_size: int = 64  # episodes an iteration
+    ppo_timesteps: int = 12_000  # tokens of PPO
+    ppo_batch_size: int = 128  # episodes an iteration
     ppo_epochs: int = 1  # passes over each batch
+    ppo_minibatches: int = 4  # steps a pass
     ppo_learning_rate: float = 4e-4  # step size of policy and critic
     kl_coef: float = 0.1  # weight of the KL penalty
     eval_episodes: int = 256  # held-out openings for the report
-    eval_pairs: int = 1000  # held-out pairs for the report
+    eval_groups: int = 20  # groups of held-out sentences for the report, their pairs compared likewise
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -227,10 +228,11 @@ class _Run:
         config, sft = self.config, self.load("sft")
         model = RewardModel.from_language_model(sft, self.tokenizer, seed=config.seed)
         train = self.ratings.filter(lambda row: row["split"] == "train" and self.short(row["text"]))
-        pairs = rating_pairs(train, config.pair_gap, self.planned(config.reward_pairs), config.seed)
+        groups = self.planned(config.reward_groups)
+        pairs = rating_groups(train, config.pair_gap, groups, config.reward_group_size, config.seed)
         settings = RewardModelConfig(
             learning_rate=config.reward_learning_rate,
-            batch_size=config.reward_batch_size,
+            batch_size=1,
             trainable_layers=config.trainable_layers,
             seed=config.seed,
         )
@@ -254,7 +256,7 @@ class _Run:
             learning_rate=config.ppo_learning_rate,
             batch_size=config.ppo_batch_size,
             epochs=config.ppo_epochs,
-            minibatches=2,
+            minibatches=config.ppo_minibatches,
             **self.shared(),
         )
         agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / "logs" / "ppo", progress_bar=True)
@@ -269,7 +271,7 @@ class _Run:
         print("report", flush=True)
         config, sft, policy, scorer = self.config, self.load("sft"), self.load("ppo"), self.scorer()
         test = self.ratings.filter(lambda row: row["split"] == "test")
-        pairs = rating_pairs(test, config.pair_gap, config.eval_pairs, seed=0)
+        pairs = rating_groups(test, config.pair_gap, config.eval_groups, config.reward_group_size, seed=0)
         prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"][: config.eval_episodes]
         env = self.env(prompts, scorer, sft, config.max_new_tokens)
         judge = SentimentIntensityAnalyzer()

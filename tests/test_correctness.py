@@ -16,6 +16,7 @@ from textrl.agents import PPO, REINFORCE, SFT
 from textrl.generation import Sampling, draw, generate
 from textrl.policy import (
     CausalPolicy,
+    alike,
     load_model,
     small_model,
     train_last_layers,
@@ -141,7 +142,7 @@ def test_a_lower_precision_is_corrected_and_measured():
     env = textrl.TextEnv(Letters())
     agent = PPO(env, llama(), batch_size=32, dtype="bfloat16")
     rollout = agent.collect()
-    assert rollout.drift > 0
+    assert rollout.metrics()["rollout/logprob_drift"] == pytest.approx(rollout.drift) and rollout.drift > 0
     metrics = agent.update(rollout)
     assert metrics["train/first_ratio_error"] < 1e-2
     assert PPO(env, llama(), batch_size=32, dtype="float32").collect().drift == 0
@@ -189,6 +190,15 @@ def test_order_and_company_of_a_batch_change_nothing(name):
     parts = microbatches(rollout, 20)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(rollout)))
     assert all(len(p) == 1 or rollout.select(p).tokens.numel() <= 20 for p in parts)
+
+
+def test_texts_of_like_length_stand_together():
+    lengths = [3, 1600, 4, 1590, 800, 5]
+    cpu = torch.device("cpu")
+    assert alike(lengths, 10**6, cpu) == [[1, 3, 4], [5, 2, 0]]  # 810 of padding with the third, then 1595 more
+    assert alike(lengths, 3500, cpu) == [[1, 3], [4, 5], [2, 0]]
+    assert alike(lengths, 10**6, cpu, width=2) == [[1, 3], [4], [5, 2, 0]]
+    assert alike(lengths, 10**6, torch.device("cuda")) == [[1, 3, 4, 5, 2, 0]]
 
 
 # ---- tokens and masks -----------------------------------------------------------------------------------------
@@ -267,7 +277,7 @@ def test_the_cached_loop_equals_the_plain_one(name, monkeypatch):
     for group in (prompts, [prompts[1]] * 32):  # ragged, and all alike
         cached = generate(policy, group, 9, [0], generator=torch.Generator().manual_seed(3))
         with monkeypatch.context() as patch:
-            patch.setattr("textrl.generation.cacheable", lambda *_: False)
+            patch.setattr("textrl.generation.slots_for", lambda *_: None)
             plain = generate(policy, group, 9, [0], generator=torch.Generator().manual_seed(3))
         assert cached.responses.tolist() == plain.responses.tolist()
         assert cached.lengths.tolist() == plain.lengths.tolist()
@@ -346,6 +356,15 @@ def test_a_reward_model_learns_and_is_standardised():
     before = reward.accuracy(data)
     train_reward_model(reward, data, RewardModelConfig(learning_rate=1e-2, batch_size=5, epochs=12))
     assert reward.accuracy(data) == 1.0 > before
+    whole = data.add_column("group", [0] * len(data))
+    again = RewardModel.from_language_model(small_model(4, 32), textrl.symbol_tokenizer("abc"))
+    plain = RewardModel.from_language_model(small_model(4, 32), textrl.symbol_tokenizer("abc"))
+    before_training = plain.scalars(texts).detach()
+    settings = RewardModelConfig(learning_rate=1e-3, batch_size=1)
+    train_reward_model(again, whole, settings)  # one group, one step: as a batch of all pairs
+    train_reward_model(plain, data, RewardModelConfig(learning_rate=1e-3, batch_size=len(data)))
+    torch.testing.assert_close(again.scalars(texts), plain.scalars(texts), atol=1e-3, rtol=0)
+    assert float((again.scalars(texts) - before_training).abs().max()) > 1e-2  # it did learn
     reward.standardise([""] * 6, texts)
     scores = torch.tensor(reward(prompts=[""] * 6, completions=texts))
     assert abs(float(scores.mean())) < 1e-4

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import textrl
 from textrl.generation import generate
 from textrl.policy import CausalPolicy, head_of, load_model, value_model, values_at
-from textrl.stepwise import StepwiseLM, cacheable
+from textrl.slots import cacheable
+from textrl.stepwise import StepwiseLM
 from textrl.tabular import TabularLM, tabular_model
 
 

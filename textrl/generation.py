@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .policy import CausalPolicy
-from .stepwise import Slots, cacheable
+from .slots import slots_for
 
 SHRINK_AT = 0.75
 """The batch is cut down once no more than this share of its rows still run."""
@@ -57,11 +57,13 @@ class Generation:
         responses: (B, T) int64, 0 after the end.
         lengths: (B,) int64, the end token counted.
         logprobs: (B, T) float32 under the distribution that was drawn from, 0 after the end.
+        values: (B, T) float32, of the state before each token, where `value` was given.
     """
 
     responses: Tensor
     lengths: Tensor
     logprobs: Tensor
+    values: Tensor | None = None
 
 
 def within_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -86,7 +88,7 @@ def draw(
     Returns:
         tokens (B,) and their log-probabilities (B,) under the truncated, renormalised distribution.
     """
-    scaled = logits / sampling.temperature
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if forbidden is not None:
         scaled = scaled.masked_fill(forbidden, -torch.inf)
     if sampling.top_k and sampling.top_k < scaled.shape[-1]:
@@ -94,15 +96,15 @@ def draw(
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     if sampling.top_p < 1:
         scaled = scaled.masked_fill(~within_top_p(scaled, sampling.top_p), -torch.inf)
-    logprobs = scaled.log_softmax(-1)
+    probabilities = scaled.softmax(-1)
     if sampling.greedy:
         tokens = scaled.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1)  # (B, V)
+        cumulative = probabilities.cumsum(-1)  # (B, V)
         total = cumulative[:, -1:]
         point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 
 @torch.no_grad()
@@ -115,6 +117,7 @@ def generate(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None = None,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Generation:
     """Samples one response for each prompt.
 
@@ -126,6 +129,7 @@ def generate(
         sampling: default: the policy's temperature, no truncation.
         generator: on the CPU, for the (B, T) random numbers, all drawn at once.
         allowed: responses (B, T), V where unwritten -> (B, V) bool masks or None, in the order of the prompts.
+        value: a critic that reads what the head reads, (b, d) -> (b,).
 
     Returns:
         the responses, in the order of the prompts.
@@ -145,13 +149,16 @@ def generate(
     running = torch.ones(batch, dtype=torch.bool, device=device)  # of the rows still in the batch
     rows = torch.arange(batch, device=device)  # which prompt each of them answers
     uniform_length = bool((lengths == width).all())
-    stepper = _Cached(policy, tokens, lengths) if cacheable(policy.model, tokens.shape[1]) else _Plain(policy, tokens)
-    logits = stepper.read(lengths, width)
+    values = None if value is None else torch.zeros_like(logprobs)
+    stepper = slots_for(policy, batch, tokens.shape[1]) or _Plain(policy, tokens)
+    hidden = stepper.read(tokens[:, :width], lengths, rows)  # (b, d)
     for t in range(max_new_tokens):
         forbidden = _forbidden(policy, responses, counts, rows, t, sampling, ends, allowed)
-        drawn, drawn_logprobs = draw(logits, uniforms[rows, t], sampling, forbidden)
+        drawn, drawn_logprobs = draw(policy.logits(hidden), uniforms[rows, t], sampling, forbidden)
         responses[rows, t] = torch.where(running, drawn, 0)
         logprobs[rows, t] = torch.where(running, drawn_logprobs, 0.0)
+        if values is not None and value is not None:
+            values[rows, t] = torch.where(running, value(hidden), 0.0)
         counts[rows] += running
         running = running & ~torch.isin(drawn, ends)
         if t + 1 == max_new_tokens:
@@ -164,24 +171,8 @@ def generate(
                 keep = running.nonzero()[:, 0]
                 rows, running, drawn = rows[keep], running[keep], drawn[keep]
                 stepper.keep(keep)
-        logits = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
-    return Generation(responses, counts, logprobs)
-
-
-class _Cached:
-    """One forward a token, over the cache."""
-
-    def __init__(self, policy: CausalPolicy, tokens: Tensor, lengths: Tensor) -> None:
-        self.slots, self.tokens = Slots(policy, len(tokens), tokens.shape[1]), tokens
-
-    def read(self, lengths: Tensor, width: int) -> Tensor:
-        return self.slots.read(self.tokens[:, :width], lengths, self.slots.every_row)
-
-    def step(self, drawn: Tensor, columns: Tensor, column: int | None) -> Tensor:
-        return self.slots.step(drawn, columns, column)
-
-    def keep(self, rows: Tensor) -> None:
-        self.slots.keep(rows)
+        hidden = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
+    return Generation(responses, counts, logprobs, values)
 
 
 class _Plain:
@@ -190,13 +181,13 @@ class _Plain:
     def __init__(self, policy: CausalPolicy, tokens: Tensor) -> None:
         self.policy, self.tokens = policy, tokens
 
-    def read(self, lengths: Tensor, width: int) -> Tensor:
-        each = torch.arange(len(self.tokens), device=lengths.device)
-        return self.policy.logits(self.policy.hidden(self.tokens[:, :width], each, lengths - 1))
+    def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        return self.policy.hidden(tokens, rows, lengths - 1)
 
-    def step(self, drawn: Tensor, columns: Tensor, column: int | None) -> Tensor:
-        self.tokens[torch.arange(len(drawn), device=drawn.device), columns] = drawn
-        return self.read(columns + 1, int(columns.max()) + 1)
+    def step(self, tokens: Tensor, columns: Tensor, column: int | None) -> Tensor:
+        each = torch.arange(len(tokens), device=tokens.device)
+        self.tokens[each, columns] = tokens
+        return self.read(self.tokens[:, : int(columns.max()) + 1], columns + 1, each)
 
     def keep(self, rows: Tensor) -> None:
         self.tokens = self.tokens[rows]

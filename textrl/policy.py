@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .flat import flat_of, states_at
 from .tabular import register_tabular
 from .trunk import states_above
 
@@ -218,8 +219,12 @@ class CausalPolicy:
         For a model whose head is not a plain matrix this is already the logits, (n, V). `below`, (B, S, d), is what
         the `frozen_blocks` made of the tokens, where that is known.
         """
-        if below is not None and self.frozen_blocks:
-            return states_above(self.model, below, self.frozen_blocks)[rows, columns]
+        first = self.frozen_blocks if below is not None else 0
+        flat = flat_of(self.model) if len(rows) and not forward and head_of(self.model) is not None else None
+        if flat is not None:
+            return states_at(flat, tokens, rows, columns, below if first else None, first)
+        if below is not None and first:
+            return states_above(self.model, below, first)[rows, columns]
         if head_of(self.model) is None:
             return self.model(input_ids=tokens, **forward).logits[rows, columns]  # type: ignore[no-any-return]
         states = self.model.base_model(input_ids=tokens, **forward).last_hidden_state  # (B, S, d)
@@ -279,6 +284,27 @@ def head_of(model: PreTrainedModel) -> nn.Module | None:
     return model.get_output_embeddings()  # type: ignore[no-any-return]
 
 
+def alike(lengths: Sequence[int], tokens_at_once: int, device: torch.device, width: int = 1) -> list[list[int]]:
+    """The indices of texts in parts of like length, the longest first: a forward over a part has little padding.
+
+    Args:
+        lengths: tokens of each text.
+        tokens_at_once: bound on the tokens of a part, padding too; a part holds at least one text.
+        device: a part ends where padding would cost more than one more forward: a GPU takes a lot at once.
+        width: texts that stand behind each length.
+    """
+    padding = 1024 if device.type == "cpu" else 8192  # tokens that cost less than matrix products over few rows lose
+    parts: list[list[int]] = []
+    longest = wasted = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        wasted += width * (longest - lengths[i])
+        if not parts or wasted > padding or width * longest * (len(parts[-1]) + 1) > tokens_at_once:
+            parts.append([])
+            longest, wasted = lengths[i], 0
+        parts[-1].append(i)
+    return parts
+
+
 def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreTrainedModel:
     """A copy of a language model's trunk with a scalar head: a critic (std 0) or a reward model before training.
 
@@ -312,11 +338,14 @@ def values_at(
 
     `below`, (B, S, d), is what the first `blocks` blocks made of the tokens, where that is known.
     """
-    if below is not None and blocks:
-        states = states_above(model, below, blocks)
+    flat = flat_of(model) if len(rows) else None
+    if flat is not None:
+        chosen = states_at(flat, tokens, rows, columns, below if blocks else None, blocks)
+    elif below is not None and blocks:
+        chosen = states_above(model, below, blocks)[rows, columns]
     else:
-        states = model.base_model(input_ids=tokens).last_hidden_state  # (B, S, d)
-    head, chosen = model.score, states[rows, columns]
+        chosen = model.base_model(input_ids=tokens).last_hidden_state[rows, columns]
+    head = model.score  # (n, d) -> (n, 1)
     if isinstance(head, nn.Linear):  # in float32: below it, neighbouring scores would round to one
         return nn.functional.linear(chosen.float(), head.weight.float())[..., 0]
     return head(chosen)[..., 0].float()  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .env import TextEnv
 from .generation import Sampling, generate
-from .policy import CausalPolicy
+from .policy import CausalPolicy, alike
 from .returns import masked_mean
 from .task import Row, Task
 from .trunk import same_blocks, states_below
@@ -128,6 +128,8 @@ class Rollout:
         }
         if self.ref_logprobs is not None:
             out["rollout/kl_reference"] = (self.logprobs - self.ref_logprobs).sum(1).mean()
+        if self.drift:
+            out["rollout/logprob_drift"] = torch.tensor(self.drift)
         return {key: float(value) for key, value in out.items() if not value.isnan()}
 
 
@@ -182,15 +184,10 @@ def microbatches(rollout: Rollout, tokens_at_once: int, group_size: int = 1) -> 
     Groups of `group_size` episodes next to each other stay whole; a part holds at least one.
     """
     lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu().view(-1, group_size)  # (B/k, k)
-    longest = lengths.amax(1)
-    order = longest.argsort(descending=True, stable=True)
     members = torch.arange(lengths.numel()).view_as(lengths)
-    parts, start = [], 0
-    while start < len(order):
-        count = max(1, tokens_at_once // (group_size * int(longest[order[start]])))
-        parts.append(members[order[start : start + count]].flatten().to(rollout.tokens.device))
-        start += count
-    return parts
+    device = rollout.tokens.device
+    parts = alike(lengths.amax(1).tolist(), tokens_at_once, device, group_size)
+    return [members[part].flatten().to(device) for part in parts]
 
 
 Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]

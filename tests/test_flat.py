@@ -1,0 +1,251 @@
+"""The flat forward against the model's own: states, gradients, samples, any padding and any order."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import textrl.policy
+import textrl.slots
+from textrl.flat import FlatGPT2, FlatLlama, flat_of
+from textrl.generation import Sampling, generate
+from textrl.policy import CausalPolicy, small_model, value_model, values_at, without_dropout
+from textrl.stepwise import StepwiseLM
+
+VOCAB = 11
+
+
+def gpt2(**changes):
+    model = small_model(VOCAB, 64, 1, n_embd=32, n_layer=3, **changes)
+    return sharp(model)
+
+
+def llama(**changes):
+    fields = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return sharp(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval())
+
+
+def sharp(model):
+    """Weights, biases and norms far from where they start, so that none of them can be forgotten unseen."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+MODELS = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "llama, biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4, head_dim=16),
+    "llama, one key head": lambda: llama(num_key_value_heads=1, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """A switch: from its call on, nothing is flat."""
+
+    def switch():
+        for module in (textrl.policy, textrl.slots):
+            monkeypatch.setattr(module, "flat_of", lambda model: None)
+
+    return switch
+
+
+def batch_of(lengths, seed=0):
+    """(B, S) tokens with other tokens as padding, and every place within the lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.from_numpy(rng.integers(0, VOCAB, (len(lengths), max(lengths) + 2)))
+    rows = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    columns = torch.cat([torch.arange(n) for n in lengths])
+    return tokens, rows, columns
+
+
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [3, 9, 1, 6]])
+@pytest.mark.parametrize("name", MODELS)
+def test_states_logits_and_gradients_are_the_models_own(name, lengths, plainly):
+    model = MODELS[name]()
+    critic = value_model(model, seed=1, std=0.5)
+    tokens, rows, columns = batch_of(lengths)
+    assert type(flat_of(model)) is (FlatGPT2 if name == "gpt2" else FlatLlama)
+    assert flat_of(critic) is not None
+
+    def everything():
+        for each in (model, critic):
+            each.zero_grad()
+        policy = CausalPolicy(model, VOCAB)
+        logits = policy.logits(policy.hidden(tokens, rows, columns))
+        values = values_at(critic, tokens, rows, columns)
+        (logits.sin().sum() + values.sin().sum()).backward()
+        return logits, values, [p.grad.clone() for m in (model, critic) for p in m.parameters()]
+
+    flat = everything()
+    plainly()
+    plain = everything()
+    torch.testing.assert_close(flat[0], plain[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(flat[1], plain[1], atol=2e-5, rtol=1e-5)
+    for mine, theirs in zip(flat[2], plain[2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()) + 1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_places_asked_for_count(name, plainly):
+    """Some places, out of order, some twice, a row without any."""
+    model = MODELS[name]()
+    policy = CausalPolicy(model, VOCAB)
+    tokens, _, _ = batch_of([5, 9, 2, 6])
+    rows, columns = torch.tensor([3, 0, 0, 3, 1, 1]), torch.tensor([2, 4, 1, 2, 0, 7])
+    flat = policy.hidden(tokens, rows, columns)
+    plainly()
+    torch.testing.assert_close(flat, policy.hidden(tokens, rows, columns), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_are_equal_for_equal_random_numbers(name, plainly):
+    policy = CausalPolicy(MODELS[name](), VOCAB)
+    prompts = [np.array(p) for p in ([1], [2, 3, 4, 5], [6, 7], [8, 9, 10])]
+
+    def sample(which):
+        generator = torch.Generator().manual_seed(3)
+        return generate(policy, which, 20, [0, 4], generator=generator, value=lambda hidden: hidden.float().sum(-1))
+
+    even = [np.array([i, i + 1]) for i in range(4)]
+    flat = [sample(prompts), sample(even)]
+    plainly()
+    plain = [sample(prompts), sample(even)]
+    assert len({int(n) for n in flat[0].lengths}) > 1  # rows left the batch
+    for mine, theirs in zip(flat, plain, strict=True):
+        assert torch.equal(mine.responses, theirs.responses)
+        assert torch.equal(mine.lengths, theirs.lengths)
+        torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.values, theirs.values, atol=2e-4, rtol=1e-5)
+
+
+def test_a_row_is_the_same_alone_and_in_any_order():
+    policy = CausalPolicy(gpt2(), VOCAB)
+    prompts = [np.array(p) for p in ([1], [2, 3, 4, 5], [6, 7], [8, 9, 10])]
+    uniforms = torch.rand(4, 12, generator=torch.Generator().manual_seed(1))
+
+    def sample(order):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *shape, **_: uniforms[order])
+            return generate(policy, [prompts[i] for i in order], 12, [0, 4])
+
+    together = sample([0, 1, 2, 3])
+    for order in ([2, 0, 3, 1], [1], [3, 2]):
+        other = sample(order)
+        assert torch.equal(other.responses, together.responses[order])
+        torch.testing.assert_close(other.logprobs, together.logprobs[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stepper_is_the_same(name, plainly):
+    policy = CausalPolicy(MODELS[name](), VOCAB)
+    rng = np.random.default_rng(0)
+    starts, history = np.array([1, 4, 2]), []
+    observations = np.full((3, 12), VOCAB)
+    for row, n in zip(observations, starts, strict=True):
+        row[:n] = rng.integers(0, VOCAB, n)
+    for t in range(6):
+        history.append(observations.copy())
+        observations[np.arange(3), starts + t] = rng.integers(0, VOCAB, 3)
+        if t == 3:  # a new episode in one row
+            observations[1], starts[1] = VOCAB, 1 - t - 1
+            observations[1, :1] = 5
+    flat_stepper = StepwiseLM(policy, VOCAB)
+    flat = [flat_stepper(each).clone() for each in history]
+    plainly()
+    plain_stepper = StepwiseLM(policy, VOCAB)
+    for mine, each in zip(flat, history, strict=True):
+        torch.testing.assert_close(mine, plain_stepper(each), atol=2e-5, rtol=1e-5)
+
+
+def test_an_update_of_the_weights_is_seen():
+    model = gpt2()
+    flat, policy = flat_of(model), CausalPolicy(model, VOCAB)
+    before = policy.hidden(*batch_of([4]))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.add_(0.1)
+    after = policy.hidden(*batch_of([4]))
+    assert flat is not None
+    assert not torch.allclose(before, after)
+
+
+class Doubled(nn.Linear):
+    """A layer that somebody changed, as LoRA does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_not_known_keeps_its_own_forward(plainly):
+    def with_layer():
+        model = llama()
+        layer = model.model.layers[1].mlp
+        layer.up_proj = Doubled(32, 48, bias=False)
+        return model
+
+    def hooked():
+        model = gpt2()
+        model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output * 2)
+        return model
+
+    def dropping():
+        config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=1, n_head=4)
+        return GPT2LMHeadModel(config).train()
+
+    unknown = {
+        "inverse layer": gpt2(scale_attn_by_inverse_layer_idx=True),
+        "unscaled": gpt2(scale_attn_weights=False),
+        "upcast": gpt2(reorder_and_upcast_attn=True),
+        "activation": gpt2(activation_function="relu"),
+        "exact gelu": gpt2(activation_function="gelu"),
+        "rope": llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        "llama activation": llama(hidden_act="gelu"),
+        "layer": with_layer(),
+        "hook": hooked(),
+        "dropout": dropping(),
+    }
+    for name, model in unknown.items():
+        assert flat_of(model) is None, name
+    assert flat_of(without_dropout(unknown["dropout"])) is not None
+    for name in ("inverse layer", "unscaled", "activation", "rope", "layer", "hook"):  # and it matters
+        policy = CausalPolicy(unknown[name], VOCAB)
+        tokens, rows, columns = batch_of([4, 6])
+        want = unknown[name](input_ids=tokens).logits[rows, columns]
+        torch.testing.assert_close(policy.logits(policy.hidden(tokens, rows, columns)), want, atol=2e-5, rtol=1e-5)
+
+
+def test_lower_precision_stays_close(plainly):
+    for make in MODELS.values():
+        model = make().to(torch.bfloat16)
+        policy = CausalPolicy(model, VOCAB)
+        tokens, rows, columns = batch_of([4, 9])
+        flat = policy.logits(policy.hidden(tokens, rows, columns)).log_softmax(-1)
+        own = policy.logits(model.base_model(input_ids=tokens).last_hidden_state[rows, columns]).log_softmax(-1)
+        exact = copy.deepcopy(model).float()
+        want = exact(input_ids=tokens).logits[rows, columns].log_softmax(-1)
+        assert (flat - want).abs().mean() < 1.5 * (own - want).abs().mean() + 1e-3
+
+
+def test_greedy_and_truncated_draws_agree(plainly):
+    policy = CausalPolicy(gpt2(), VOCAB)
+    prompts = [np.array([1, 2]), np.array([3])]
+    for sampling in (Sampling(greedy=True), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8, min_new_tokens=5)):
+        seeded = torch.Generator().manual_seed
+        runs = [generate(policy, prompts, 9, [0], sampling=sampling, generator=seeded(2))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(textrl.slots, "flat_of", lambda model: None)
+            runs.append(
+                generate(policy, prompts, 9, [0], sampling=sampling, generator=torch.Generator().manual_seed(2))
+            )
+        assert torch.equal(runs[0].responses, runs[1].responses)
+        assert int(runs[0].lengths.min()) > sampling.min_new_tokens * (not sampling.greedy)

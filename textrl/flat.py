@@ -1,0 +1,306 @@
+"""A forward of our own over the weights of GPT-2 and Llama: a flat list of tokens, without padding or framework.
+
+The weights stay in the `PreTrainedModel` and are read where they lie, so that what an optimiser does to them is seen at
+once. Architectures and settings that are not known here keep the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GPT2Model, LlamaModel, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.pytorch_utils import Conv1D
+
+Angles = tuple[Tensor, Tensor] | None
+"""Cosines and sines of the rotary positions, (n, 1, D) each."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, queries (n, H, D), keys and values (n, G, D) -> what the tokens attended to, (n, H * D)."""
+
+
+class Flat:
+    """A trunk's forward over n tokens of any rows, in any order; who attends to whom is the caller's.
+
+    Attributes:
+        layers: how many blocks there are.
+        groups: G, the heads of keys and values.
+        head_dim: D.
+    """
+
+    layers: int
+    groups: int
+    head_dim: int
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads: (n,), (n,) -> (n, d)."""
+        raise NotImplementedError
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """What turns queries and keys at these positions (n,); None where positions are embedded."""
+        raise NotImplementedError
+
+    def qkv(self, layer: int, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (n, H, D), keys and values (n, G, D) of a block."""
+        raise NotImplementedError
+
+    def mix(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block: (n, d), (n, H * D) -> (n, d)."""
+        raise NotImplementedError
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The last norm: (n, d) -> (n, d)."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, positions: Tensor, attend: Attend, places: Tensor | None = None, first: int = 0) -> Tensor:
+        """The blocks from `first` on and the last norm.
+
+        Args:
+            x: (n, d), what the block `first` reads.
+            positions: (n,), each token's place in its row.
+            attend: the attention.
+            places: (m,) tokens whose last states are asked for; None for all. The last block works for them alone.
+            first: the first block that runs.
+
+        Returns:
+            (m, d).
+        """
+        angles = self.angles(positions, x.dtype)
+        for layer in range(first, self.layers):
+            attended = attend(layer, *self.qkv(layer, x, angles))
+            if places is not None and layer == self.layers - 1:
+                x, attended = x[places], attended[places]
+            x = self.mix(layer, x, attended)
+        return self.norm(x)
+
+
+class FlatGPT2(Flat):
+    """GPT-2."""
+
+    def __init__(self, trunk: GPT2Model) -> None:
+        self.trunk = trunk
+        self.layers, self.groups = len(trunk.h), trunk.config.n_head
+        self.head_dim = trunk.config.n_embd // self.groups
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings, and the positions' where the model learns them."""
+        return _embedding(tokens, self.trunk.wte) + _embedding(positions, self.trunk.wpe)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """The turn of the rotary positions, where there are any."""
+        return None
+
+    def qkv(self, layer: int, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """The first norm and the projections."""
+        block = self.trunk.h[layer]
+        both = _conv(_layer_norm(x, block.ln_1), block.attn.c_attn).view(len(x), 3, self.groups, self.head_dim)
+        return both[:, 0], both[:, 1], both[:, 2]
+
+    def mix(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The output projection, the second norm and the MLP."""
+        block = self.trunk.h[layer]
+        x = x + _conv(attended, block.attn.c_proj)
+        inner = functional.gelu(_conv(_layer_norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh")
+        return x + _conv(inner, block.mlp.c_proj)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return _layer_norm(x, self.trunk.ln_f)
+
+
+class FlatLlama(Flat):
+    """Llama, with plain rotary positions."""
+
+    def __init__(self, trunk: LlamaModel) -> None:
+        self.trunk = trunk
+        self.layers, self.groups = len(trunk.layers), trunk.config.num_key_value_heads
+        self.head_dim = trunk.config.head_dim
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings, and the positions' where the model learns them."""
+        return _embedding(tokens, self.trunk.embed_tokens)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """The turn of the rotary positions, where there are any."""
+        turns = positions[:, None].float() * self.trunk.rotary_emb.inv_freq.float()  # (n, D / 2)
+        turns = torch.cat([turns, turns], -1)[:, None]  # (n, 1, D)
+        return turns.cos().to(dtype), turns.sin().to(dtype)
+
+    def qkv(self, layer: int, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """The first norm and the projections."""
+        assert angles is not None
+        block = self.trunk.layers[layer]
+        x = _rms_norm(x, block.input_layernorm)
+        attn = block.self_attn
+        q, k, v = (_linear(x, part).view(len(x), -1, self.head_dim) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return _turn(q, angles), _turn(k, angles), v
+
+    def mix(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The output projection, the second norm and the MLP."""
+        block = self.trunk.layers[layer]
+        x = x + _linear(attended, block.self_attn.o_proj)
+        normed, mlp = _rms_norm(x, block.post_attention_layernorm), block.mlp
+        inner = functional.silu(_linear(normed, mlp.gate_proj)) * _linear(normed, mlp.up_proj)
+        return x + _linear(inner, mlp.down_proj)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return _rms_norm(x, self.trunk.norm)
+
+
+def _embedding(ids: Tensor, layer: Any) -> Tensor:
+    return functional.embedding(ids, layer.weight, layer.padding_idx)
+
+
+def _conv(x: Tensor, layer: Any) -> Tensor:
+    return torch.addmm(layer.bias, x, layer.weight)
+
+
+def _linear(x: Tensor, layer: Any) -> Tensor:
+    return functional.linear(x, layer.weight, layer.bias)
+
+
+def _layer_norm(x: Tensor, norm: Any) -> Tensor:
+    return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """In float32, rounded before the weight is multiplied in, as the model does."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return norm.weight * scaled.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: (n, H, D) -> (n, H, D)."""
+    first, second = x.chunk(2, -1)
+    return x * angles[0] + torch.cat([-second, first], -1) * angles[1]
+
+
+# ---- which models are known ----------------------------------------------------------------------------------------
+
+_PLAIN: tuple[type, ...] = (nn.Embedding, nn.Linear, nn.Dropout, nn.ModuleList, Conv1D, nn.LayerNorm)
+_GPT2: tuple[type, ...] = (GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, NewGELUActivation, GELUTanh)
+_LLAMA: tuple[type, ...] = (
+    LlamaModel,
+    LlamaDecoderLayer,
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    SiLUActivation,
+    nn.SiLU,
+)
+
+
+def flat_of(model: PreTrainedModel) -> Flat | None:
+    """The flat forward of a model's trunk; None where the model's own forward must run.
+
+    Known are GPT-2 and Llama as transformers has them, whose every module is of the expected class (a LoRA layer is
+    not), without hooks, without dropout that is on, and with the settings whose mathematics is written here.
+    """
+    trunk = model.base_model
+    kinds = {GPT2Model: _GPT2, LlamaModel: _LLAMA}.get(type(trunk))
+    if kinds is None or _touched(model) or (model.training and _drops(model)):
+        return None
+    known = {*_PLAIN, *kinds}
+    if any(type(module) not in known or _touched(module) for module in trunk.modules()):
+        return None
+    config = trunk.config
+    if config._attn_implementation not in ("sdpa", "eager") or (trunk.gradient_checkpointing and trunk.training):
+        return None
+    if isinstance(trunk, GPT2Model):
+        unknown = (
+            config.scale_attn_by_inverse_layer_idx,
+            config.reorder_and_upcast_attn,
+            config.add_cross_attention,
+            not config.scale_attn_weights,
+        )
+        return None if any(unknown) or not len(trunk.h) else FlatGPT2(trunk)
+    rotary = config.rope_parameters or {}
+    plain = rotary.get("rope_type") == "default" and rotary.get("partial_rotary_factor", 1.0) in (None, 1.0)
+    return FlatLlama(trunk) if plain and len(trunk.layers) == config.num_hidden_layers else None
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether somebody changed what calling a module does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _drops(model: PreTrainedModel) -> bool:
+    config = model.config
+    rates = (getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout"))
+    return any(rates) or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
+
+
+# ---- attention over whole texts ------------------------------------------------------------------------------------
+
+
+class Packed:
+    """B rows of different lengths as one list of n tokens, row after row, and their causal attention.
+
+    Args:
+        lengths: (B,) tokens of each row that count; those after them are left out.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.batch, self.width = len(lengths), int(lengths.max())
+        real = torch.arange(self.width, device=lengths.device) < lengths[:, None]  # (B, S)
+        self.full = bool(real.all())
+        self.real = real.flatten().nonzero()[:, 0]  # (n,) places in (B * S)
+        self.positions = self.real % self.width  # (n,)
+        self.starts = lengths.cumsum(0) - lengths  # (B,)
+        self.source = (real.flatten().cumsum(0) - 1).clamp(min=0)  # (B * S,) in n; padding repeats a real token
+
+    def places(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Where (rows, columns) stand in the list: (m,), (m,) -> (m,)."""
+        return self.starts[rows] + columns
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, S or more, ...) -> (n, ...)."""
+        return x[:, : self.width].flatten(0, 1)[self.real]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(n, ...) -> (B, S, ...); padding, which comes last and is never attended to, holds other tokens' numbers."""
+        chosen = x if self.full else x.index_select(0, self.source)
+        return chosen.view(self.batch, self.width, *x.shape[1:])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within each row: (n, H, D), (n, G, D) twice -> (n, H * D)."""
+        q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))  # (B, H or G, S, D)
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (B, S, H, D)
+        out = out.flatten(2).flatten(0, 1)
+        return out if self.full else out.index_select(0, self.real)
+
+
+def states_at(
+    flat: Flat, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, first: int = 0
+) -> Tensor:
+    """A trunk's last states at the places (rows, columns), all other padding left out: (B, S) -> (m, d).
+
+    Args:
+        flat: the trunk.
+        tokens: (B, S), left-aligned.
+        rows: (m,), at least one.
+        columns: (m,).
+        below: (B, S, d), what the block `first` reads, where it is known.
+        first: the first block that runs, with `below`.
+    """
+    lengths = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+    lengths = lengths.scatter_reduce(0, rows, columns + 1, "amax")  # nothing after the last place is read
+    packed = Packed(lengths)
+    x = flat.embed(packed.pack(tokens), packed.positions) if below is None else packed.pack(below)
+    return flat.run(x, packed.positions, packed.attend, packed.places(rows, columns), first)

@@ -1,0 +1,210 @@
+"""A preallocated KV cache for a batch of rows, each at its own position, and the ways to run a model over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from .flat import Flat, Packed, flat_of
+from .policy import CausalPolicy
+
+
+class FlatSlots:
+    """B rows of at most W tokens over a flat forward: keys and values (B, G, W, D) a layer, token i in column i."""
+
+    def __init__(self, policy: CausalPolicy, flat: Flat, batch: int, width: int) -> None:
+        self.flat, self.width = flat, width
+        self.every_row = torch.arange(batch, device=policy.device)
+        shape = (2, flat.layers, batch, flat.groups, width, flat.head_dim)
+        self.cache = torch.zeros(shape, dtype=policy.model.dtype, device=policy.device)
+
+    def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """Starts rows anew: (b, S) left-aligned tokens -> what the head reads after each row's last, (b, d)."""
+        packed = Packed(lengths)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for part, new in ((0, k), (1, v)):
+                cache = self.cache[part, layer]
+                cache[rows, :, : packed.width] = packed.pad(new).transpose(1, 2).to(cache.dtype)
+            return packed.attend(layer, q, k, v)
+
+        x = self.flat.embed(packed.pack(tokens), packed.positions)
+        last = packed.places(torch.arange(len(lengths), device=lengths.device), lengths - 1)
+        return self.flat.run(x, packed.positions, attend, last)
+
+    def step(self, tokens: Tensor, columns: Tensor, column: int | None = None) -> Tensor:
+        """Writes one token a row: (B,) tokens at (B,) columns -> what the head reads, (B, d).
+
+        Args:
+            tokens: the newest token of each row.
+            columns: where it stands in its row.
+            column: the same as one number where all rows agree: no mask is needed then.
+        """
+        used, mask = self.width, None
+        if column is not None:
+            used = column + 1
+        else:
+            if columns.device.type == "cpu":  # elsewhere the shapes stay as they are, and nothing waits for a number
+                used = int(columns.max()) + 1
+            mask = (torch.arange(used, device=columns.device) <= columns[:, None])[:, None, None]  # (B, 1, 1, W)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.cache[0, layer], self.cache[1, layer]
+            for cache, new in ((keys, k), (values, v)):
+                if column is None:
+                    cache[self.every_row, :, columns] = new
+                else:
+                    cache[:, :, column] = new
+            q = q.reshape(
+                len(q), self.flat.groups, -1, self.flat.head_dim
+            )  # (B, G, H / G, D): a group asks the same keys
+            keys, values = keys[:, :, :used], values[:, :, :used]
+            return functional.scaled_dot_product_attention(q, keys, values, mask).flatten(1)
+
+        return self.flat.run(self.flat.embed(tokens, columns), columns, attend)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but these."""
+        self.cache = self.cache[:, :, rows]
+        self.every_row = self.every_row[: len(rows)]
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, (B, H, W, D): token i of a row stands in column i."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates all columns at once."""
+        shape = (self.slots.batch, key_states.shape[1], self.slots.width)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes new keys and values, (b, H, q, D), where `slots` says, and gives those to attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        slots = self.slots
+        if slots.prefill is not None:  # whole prompts of some rows: they attend to themselves alone
+            self.keys[slots.prefill, :, : key_states.shape[2]] = key_states
+            self.values[slots.prefill, :, : key_states.shape[2]] = value_states
+            return key_states, value_states
+        if isinstance(slots.column, int):  # every row writes the same column
+            self.keys[:, :, slots.column : slots.column + 1] = key_states
+            self.values[:, :, slots.column : slots.column + 1] = value_states
+        else:
+            self.keys[slots.every_row, :, slots.column] = key_states[:, :, 0]
+            self.values[slots.every_row, :, slots.column] = value_states[:, :, 0]
+        return self.keys[:, :, : slots.used], self.values[:, :, : slots.used]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every other row."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns attended to, and the first of them."""
+        return self.slots.used, 0
+
+    def get_seq_length(self) -> int:
+        """Columns in use before this forward."""
+        return 0 if self.slots.prefill is not None else self.slots.used - 1
+
+    def get_max_length(self) -> int:
+        """All columns."""
+        return self.slots.width
+
+
+class Slots:
+    """B rows of at most W tokens over a model's own forward, as a `Cache` that transformers takes."""
+
+    def __init__(self, policy: CausalPolicy, batch: int, width: int) -> None:
+        self.policy, self.batch, self.width = policy, batch, width
+        self.every_row = torch.arange(batch, device=policy.device)
+        self.prefill: Tensor | None = None
+        self.column: int | Tensor = 0
+        self.used = 0
+        layers: int = policy.model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[SlotLayer(self) for _ in range(layers)])
+
+    def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """Starts rows anew: (b, S) left-aligned tokens -> what the head reads after each row's last, (b, d)."""
+        self.prefill, self.used = rows, tokens.shape[1]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        each = torch.arange(len(tokens), device=tokens.device)
+        hidden = self.policy.hidden(
+            tokens,
+            each,
+            lengths - 1,
+            past_key_values=self.cache,
+            position_ids=positions.expand(len(tokens), -1),
+            use_cache=True,
+        )
+        self.prefill = None
+        return hidden
+
+    def step(self, tokens: Tensor, columns: Tensor, column: int | None = None) -> Tensor:
+        """Writes one token a row: (B,) tokens at (B,) columns -> what the head reads, (B, d).
+
+        Args:
+            tokens: the newest token of each row.
+            columns: where it stands in its row.
+            column: the same as one number where all rows agree: no mask is needed then.
+        """
+        self.used = int(columns.max()) + 1 if column is None else column + 1
+        self.column = columns if column is None else column
+        mask = None  # no mask: every column in use is attended to
+        if column is None:
+            mask = torch.arange(self.used, device=columns.device)[None] <= columns[:, None]  # (B, W)
+            mask = additive(mask[:, None, None], self.policy.model)  # (B, 1, 1, W)
+        hidden = self.policy.hidden(
+            tokens[:, None],
+            self.every_row,
+            torch.zeros_like(self.every_row),
+            past_key_values=self.cache,
+            position_ids=columns[:, None],
+            attention_mask=mask,
+            use_cache=True,
+        )
+        return hidden
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but these."""
+        self.batch = len(rows)
+        self.every_row = self.every_row[: len(rows)]
+        for layer in self.cache.layers:
+            layer.keep(rows)
+
+
+def additive(mask: Tensor, model: PreTrainedModel) -> Tensor:
+    """A bool mask as the model's attention wants it: bool for SDPA, else 0 and the smallest number."""
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(model.dtype).min
+    )
+
+
+def cacheable(model: PreTrainedModel, width: int) -> bool:
+    """Whether a model takes a KV cache of ours: plain full attention over at most `width` tokens."""
+    if model.base_model is model or getattr(model, "_is_stateful", False):
+        return False
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return model.config._attn_implementation in ("sdpa", "eager") and (window is None or window >= width)
+
+
+def slots_for(policy: CausalPolicy, batch: int, width: int) -> FlatSlots | Slots | None:
+    """A cache for B rows of at most W tokens; None for a model that takes none of ours."""
+    if not cacheable(policy.model, width):
+        return None
+    flat = flat_of(policy.model)
+    return Slots(policy, batch, width) if flat is None else FlatSlots(policy, flat, batch, width)
