@@ -27,6 +27,7 @@ class Bandit(Task):
     """
 
     best_score = 1.0
+    deterministic = True
 
     def __init__(self, payoffs: Sequence[float] = (0.2, 0.5, 1.0, 0.8, 0.0), offset: float = 0.0) -> None:
         letters = string.ascii_lowercase[: len(payoffs)]

@@ -33,6 +33,7 @@ class Brackets(Task):
     """
 
     best_score = 1.0
+    deterministic = True
 
     def __init__(self, depth: int = 2, length: int = 6) -> None:
         if depth < 1 or length < depth or (length - depth) % 2:

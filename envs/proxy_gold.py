@@ -29,6 +29,7 @@ class ProxyGold(Task):
     """
 
     best_score = 1.0
+    deterministic = True
 
     def __init__(self, letters: str = "abcd", length: int = 6, paid: str = "proxy") -> None:
         if paid not in ("proxy", "gold"):

@@ -28,6 +28,7 @@ class Refusal(Task):
     """
 
     best_score = 0.5
+    deterministic = True
 
     def __init__(self, questions: int = 4, answers: int = 4) -> None:
         if not 2 <= questions <= 12 or questions % 2:

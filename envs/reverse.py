@@ -27,6 +27,7 @@ class Reverse(Task):
     """
 
     best_score = 1.0
+    deterministic = True
 
     def __init__(self, symbols: str = "abc", length: int = 3) -> None:
         self._prompts = strings(symbols, length)

@@ -25,6 +25,7 @@ class Stop(Task):
     """
 
     best_score = 1.0
+    deterministic = True
 
     def __init__(self, longest: int = 6) -> None:
         if longest < 1:

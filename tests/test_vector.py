@@ -1,5 +1,6 @@
 """N single environments and one vector environment, stepped alike, are told apart by nothing."""
 
+import copy
 import warnings
 
 import gymnasium as gym
@@ -251,3 +252,62 @@ def test_the_reference_reads_one_token_a_step():
     envs.step(np.array([1, 1, 1, 1]))
     hook.remove()
     assert sorted(map(tuple, sizes)) == [(1, 7), (4, 1), (4, 1)]  # only the restarted row reads a prompt of 7 tokens
+
+
+class Counted(Copy):
+    """Counts how many responses its score was asked about."""
+
+    deterministic = True
+    asked = 0
+
+    def score(self, prompts, completions, **columns):
+        self.asked += len(prompts)
+        return super().score(prompts, completions, **columns)
+
+
+def test_a_small_deterministic_score_is_asked_once_for_each_response():
+    task = Counted()
+    envs, plain = textrl.TextVectorEnv(task, 16), textrl.TextVectorEnv(Copy(), 16)
+    plain.reset(seed=0)
+    plain.reset(seed=0, options={"prompt": "abc"})  # a row given from outside: from here on nothing is remembered
+    envs.reset(seed=0), plain.reset(seed=0)
+    ends = set()
+    for actions in np.random.default_rng(0).integers(4, size=(400, 16)):
+        mine, theirs = envs.step(actions), plain.step(actions)
+        same(theirs, mine)
+        ends |= {
+            (mine[4]["prompt"][i], mine[4]["completion"][i], mine[4]["finish_reason"][i])
+            for i in np.flatnonzero(mine[2])
+        }
+    assert len(ends) <= task.asked <= len(ends) + 16  # the first step may ask of every row whether tokens are paid
+
+
+def test_only_a_score_that_says_so_is_remembered():
+    class Louder(Counted):
+        def score(self, prompts, completions, **columns):
+            return [2 * score for score in super().score(prompts, completions, **columns)]
+
+    class Described(Counted):
+        def describe(self, prompts, completions, **columns):
+            return {"asked": [float(self.asked)] * len(prompts)}
+
+    patched = Counted()
+    patched.score = lambda prompts, completions, **columns: [0.0] * len(prompts)
+    assert Copy().deterministic_score and Counted().deterministic_score
+    assert not any(task.deterministic_score for task in (Louder(), Described(), patched))
+
+
+def test_a_large_task_is_asked_every_time():
+    task = Counted(symbols="abcdefgh", length=5)
+    envs = textrl.TextVectorEnv(task, 4)
+    envs.reset(seed=0)
+    ended = sum(envs.step(np.zeros(4, int))[2].sum() for _ in range(20))
+    assert task.asked >= ended == 40
+
+
+def test_a_copy_of_an_env_goes_its_own_way():
+    envs = textrl.TextVectorEnv(Brackets(), 3)
+    envs.reset(seed=0)
+    twin = copy.deepcopy(envs)
+    for actions in np.random.default_rng(1).integers(5, size=(20, 3)):
+        same(envs.step(actions), twin.step(actions))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_action, check_penalty, check_render_mode, chosen_row
 from .render import RENDER_MODES, Picture, draw, show
 from .rows import RowStream
-from .scores import shorten
 from .task import Row, Task
 
 if TYPE_CHECKING:
@@ -42,20 +41,6 @@ class Snapshot:
 def observation_space(task: Task) -> Any:
     """Token ids from the left, `V` where nothing is written: Box(0, V, (P + T,), int64)."""
     return gym.spaces.Box(0, task.vocab_size, (task.max_prompt_tokens + task.max_new_tokens,), np.int64)
-
-
-def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
-    """Refuses a KL penalty without a reference, a negative or non-finite coefficient, a temperature of 0.
-
-    Raises:
-        ValueError: saying which argument, its value and what would be right.
-    """
-    if not (isinstance(kl_coef, (int, float)) and np.isfinite(kl_coef) and kl_coef >= 0):
-        raise ValueError(f"kl_coef must be a number of at least 0; got {kl_coef!r}")
-    if kl_coef > 0 and reference is None:
-        raise ValueError(f"kl_coef={kl_coef} needs a reference to be close to: pass reference=model, or kl_coef=0")
-    if not (isinstance(temperature, (int, float)) and np.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a number above 0; got {temperature!r}")
 
 
 class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
@@ -93,8 +78,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         render_mode: str | None = None,
     ) -> None:
         check_penalty(reference, kl_coef, temperature)
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode must be one of {self.metadata['render_modes']} or None; got {render_mode!r}")
+        check_render_mode(render_mode)
         self.task = task
         self.kl_coef = float(kl_coef)
         self.temperature = float(temperature)
@@ -265,30 +249,6 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         "human" shows each step in the terminal by itself; None then, and without a render mode.
         """
         return draw(self.picture(), self.render_mode)
-
-
-def chosen_row(options: dict[str, Any] | None) -> Row | None:
-    """The row that `reset(options=...)` asks for, or None."""
-    if options is None:
-        return None
-    if "row" in options:
-        return options["row"]  # type: ignore[no-any-return]
-    return {"prompt": options["prompt"]} if "prompt" in options else None
-
-
-def check_action(action: Any, vocab_size: int) -> int:
-    """The action as an int.
-
-    Raises:
-        ValueError: for a float, a shape other than (), or an id outside the vocabulary.
-    """
-    try:
-        token = operator.index(action)
-        if 0 <= token < vocab_size and not isinstance(action, (bool, list)):
-            return token
-    except TypeError:
-        pass
-    raise ValueError(f"action must be one integer token id from 0 to {vocab_size - 1}; got {shorten(action)}")
 
 
 def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Rows are drawn this many at a time: much quicker than one by one."""
+WITH_END = BLOCK + 1
+OUTSIDE = np.iinfo(np.int64).max
 _TABLE_ENTRIES = 4_000_000
 
 
@@ -56,41 +58,59 @@ class RowStreams:
     def __init__(self, task: Task, seeds: Iterable[int], width: int) -> None:
         self._task, self._width = task, width
         self._streams = [RowStream(task, seed) for seed in seeds]
-        self._blocks = np.zeros((len(self._streams), BLOCK), dtype=np.int64)
-        self._left = np.zeros(len(self._streams), dtype=np.int64)
-        self._rows = even_rows(task)
-        self._table: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-        if self._rows is not None and len(self._rows) * width <= _TABLE_ENTRIES:
-            self._table = self.lay_out(self._rows)
+        self._blocks = np.full(len(self._streams) * WITH_END, OUTSIDE)  # each stream's next rows, and one outside
+        self._next = np.arange(1, len(self._streams) + 1) * WITH_END - 1  # where each stream stands in them: at its end
+        self._one = np.array(1)  # quicker than a number of Python's
+        self._table: tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]] | None = None
+        rows = even_rows(task)
+        if rows is not None and len(rows) * width <= _TABLE_ENTRIES:
+            self._table = self.lay_out(rows)
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows are drawn from evenly, where `draw` says which; else None."""
+        return None if self._table is None else len(self._table[0])
 
     def seed(self, index: int, seed: int) -> None:
         """Starts one stream anew."""
         self._streams[index] = RowStream(self._task, seed)
-        self._left[index] = 0
+        self._next[index] = (index + 1) * WITH_END - 1
 
-    def draw(self, indices: NDArray[np.intp]) -> tuple[list[Row], NDArray[np.int64], NDArray[np.int64]]:
-        """The next row of each of these n streams: the rows, their observations (n, L) and prompt lengths (n,)."""
-        if self._rows is None or self._table is None:
-            rows = [next(self._streams[i]) for i in indices.tolist()]
-            return rows, *self.lay_out(rows)
-        left = self._left[indices]
-        for i in indices[left == 0].tolist():
-            self._blocks[i] = self._streams[i].block()
-        left = (left - 1) % BLOCK
-        self._left[indices] = left
-        which = self._blocks[indices, left]
-        tokens, lengths = self._table
-        return [self._rows[i] for i in which.tolist()], tokens.take(which, 0), lengths.take(which)
+    def draw(
+        self, indices: NDArray[np.intp]
+    ) -> tuple[NDArray[np.int64] | None, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """The next row of each of these n streams.
 
-    def lay_out(self, rows: list[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The first observations of rows, (n, L), and the lengths of their prompts, (n,)."""
+        Returns:
+            their indices among the task's rows (n,) (None for a task that samples), the rows (n,), their
+            observations (n, L) and the lengths of their prompts (n,).
+        """
+        if self._table is None:
+            return None, *self.lay_out([next(self._streams[i]) for i in indices.tolist()])
+        rows, tokens, lengths = self._table
+        places = self._next[indices]
+        which = self._blocks.take(places)
+        try:
+            observations = tokens.take(which, 0)
+        except IndexError:  # cheaper than to look each time whether a block is used up
+            for i in indices[which == OUTSIDE].tolist():
+                self._next[i] = i * WITH_END
+                self._blocks[i * WITH_END : i * WITH_END + BLOCK] = self._streams[i].block()[::-1]
+            places = self._next[indices]
+            which = self._blocks.take(places)
+            observations = tokens.take(which, 0)
+        self._next[indices] = places + self._one
+        return which, rows.take(which), observations, lengths.take(which)
+
+    def lay_out(self, rows: list[Row]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows as an array (n,), their first observations (n, L), and the lengths of their prompts (n,)."""
         tokens = np.full((len(rows), self._width), self._task.vocab_size, dtype=np.int64)
         lengths = np.zeros(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
             ids = self._task.encode(row)
             tokens[i, : len(ids)] = ids
             lengths[i] = len(ids)
-        return tokens, lengths
+        return np.array(rows, dtype=object), tokens, lengths
 
 
 def even_rows(task: Task) -> list[Row] | None:

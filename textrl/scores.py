@@ -84,6 +84,8 @@ def _number(value: Any, prompt: str, completion: str) -> float:
 def shorten(value: Any, limit: int = 80) -> str:
     """The repr of a value, at most `limit` characters, on one line."""
     text = repr(value)
+    if "\n" in text:
+        text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -13,11 +13,35 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .env import TextEnv
 from .rollout import Rollout, pad_responses
 from .task import Row, Task
+from .vector import TextVectorEnv
 
+AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
 """observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
+
+
+def base_env(env: Any) -> TextEnv | TextVectorEnv:
+    """The `TextEnv` or `TextVectorEnv` inside any wrappers (the first one of a `SyncVectorEnv`).
+
+    Raises:
+        ValueError: where there is none.
+    """
+    base = getattr(env, "unwrapped", env)
+    if isinstance(base, gym.vector.SyncVectorEnv):
+        base = base.envs[0].unwrapped
+    if not isinstance(base, (TextEnv, TextVectorEnv)):
+        raise ValueError(f"env must be a textrl environment, wrapped or not; got {base!r}")
+    return base
+
+
+def is_bare(env: AnyEnv) -> bool:
+    """Whether nothing stands between the agent and the environment but Gymnasium's own checks."""
+    while isinstance(env, (gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing)):
+        env = env.env
+    return type(env) in (TextEnv, TextVectorEnv)
 
 
 @dataclass

@@ -54,3 +54,18 @@ def symbols_of(tokenizer: PreTrainedTokenizerFast) -> list[str] | None:
     special = set(tokenizer.all_special_ids)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return ["" if i in special else name for i, name in enumerate(names)]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, or under a hub name.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever the loader and the network may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer {name!r} is neither a folder nor a hub name in reach ({reason})") from None

@@ -43,6 +43,9 @@ class Task:
 
     best_score: ClassVar[float | None] = None
     """The best expected score with the default arguments, where it is known."""
+    deterministic: ClassVar[bool] = False
+    """Whether the `score` and `describe` of this very class always say the same of the same row and response. A vector
+    environment then remembers what they said of a small task's responses, and is several times as fast."""
 
     def __init__(
         self,
@@ -121,6 +124,14 @@ class Task:
         return None
 
     # ---- what the rest of the core asks ----------------------------------------------------------------------
+
+    @property
+    def deterministic_score(self) -> bool:
+        """Whether `deterministic` was said where `score` and `describe` were written: another `score` says anew."""
+        written = [next(c for c in type(self).__mro__ if name in vars(c)) for name in ("score", "describe")]
+        return not {"score", "describe"} & set(vars(self)) and all(
+            cls is Task or vars(cls).get("deterministic", False) for cls in written
+        )
 
     @property
     def masked(self) -> bool:

@@ -11,7 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import Info, Policy, check_penalty, chosen_logprobs, chosen_row, observation_space
+from .arguments import as_autoreset_mode, check_actions, check_num_envs, check_penalty, check_render_mode, chosen_row
+from .arguments import reset_mask as rows_to_reset
+from .env import Info, Policy, chosen_logprobs, observation_space
+from .outcomes import Outcomes
 from .render import RENDER_MODES, Picture, draw, show
 from .rows import RowStreams
 from .task import Row, Task
@@ -56,12 +59,9 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         render_mode: str | None = None,
     ) -> None:
         check_penalty(reference, kl_coef, temperature)
-        if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise ValueError(f"num_envs must be a whole number of at least 1; got {num_envs!r}")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode must be one of {self.metadata['render_modes']} or None; got {render_mode!r}")
+        check_render_mode(render_mode)
         self.task = task
-        self.num_envs = int(num_envs)
+        self.num_envs = check_num_envs(num_envs)
         self.kl_coef = float(kl_coef)
         self.temperature = float(temperature)
         self.render_mode = render_mode
@@ -79,17 +79,23 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
             self.reference, self._ref_logits = frozen_reference(reference, task)
         n, width = self.num_envs, task.max_prompt_tokens + task.max_new_tokens
-        self._buffer = np.full((n, width + 1), task.vocab_size, dtype=np.int64)
-        self._tokens = self._buffer[:, :width]  # (N, L); the column after it takes what is written past the end
-        self._offsets = np.arange(n) * (width + 1)  # where the rows begin in the flat buffer
-        self._prompt_lengths = np.zeros(n, dtype=np.int64)
-        self._lengths = np.zeros(n, dtype=np.int64)
+        self._buffer = np.full((n, width + 1), task.vocab_size, dtype=np.int64)  # the last column is for `_tokens`
+        self._offsets = np.arange(n) * (width + 1)  # where each row begins in the flat buffer,
+        self._starts = self._offsets.copy()  # where its response begins,
+        self._places = self._offsets.copy()  # and where the next token goes
+        # arrays without axes, because NumPy is half as fast with numbers of Python's
+        self._horizon, self._end, self._one = np.array(task.max_new_tokens), np.array(task.eos_token_id), np.array(1)
         self._ended: Bools = np.ones(n, dtype=np.bool_)
         self._started = False
-        self._rows: list[Row] = [{} for _ in range(n)]
+        self._rows: NDArray[Any] = np.full(n, None, dtype=object)  # (N,) rows of the task
         self._streams: RowStreams | None = None
         self._masked = task.masked
-        self._rewards = None if render_mode is None else np.zeros((n, task.max_new_tokens))  # (N, T), for pictures
+        self._rewards = np.zeros((n, task.max_new_tokens))  # (N, T), kept for pictures where there is a render mode
+
+    @property
+    def _tokens(self) -> NDArray[np.int64]:
+        """(N, L): all but the last column of the buffer, which takes what an ended row writes."""
+        return self._buffer[:, :-1]
 
     # ---- reset ----------------------------------------------------------------------------------------------
 
@@ -115,13 +121,14 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             seeds = list(seed)
         if len(seeds) != n:
             raise ValueError(f"seed must be None, an int or a list of num_envs={n}; got a list of {len(seeds)}")
-        mask = reset_mask(options, n)
+        mask = rows_to_reset(options, n)
         if not self._started and not mask.all():
             raise gym.error.ResetNeeded("the first reset must be of all rows: leave options['reset_mask'] away")
         super().reset(seed=first)
         if self._streams is None:
             fresh = self.np_random.integers(2**63, size=n).tolist()
             self._streams = RowStreams(self.task, fresh, self._tokens.shape[1])
+            self._outcomes = Outcomes(self.task, n, self._streams.num_rows)
         for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
                 self._streams.seed(i, int(row_seed))
@@ -134,16 +141,15 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """A new prompt in each of these rows."""
         assert self._streams is not None
         if row is None:
-            rows, tokens, lengths = self._streams.draw(indices)
+            which, rows, tokens, lengths = self._streams.draw(indices)
         else:
-            rows = [row] * len(indices)
-            tokens, lengths = self._streams.lay_out(rows)
-        for i, each in zip(indices.tolist(), rows, strict=True):
-            self._rows[i] = each
+            which, (rows, tokens, lengths) = None, self._streams.lay_out([row] * len(indices))
+        self._rows[indices] = rows
         self._tokens[indices] = tokens
-        self._prompt_lengths[indices] = self._lengths[indices] = lengths
+        self._starts[indices] = self._places[indices] = self._offsets[indices] + lengths
+        self._outcomes.start(indices, which)
         self._ended[indices] = False
-        if self._rewards is not None:
+        if self.render_mode is not None:
             self._rewards[indices] = 0
 
     # ---- step -----------------------------------------------------------------------------------------------
@@ -166,28 +172,30 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if not self._started:
             raise gym.error.ResetNeeded("step was called before the first reset: call reset() first")
         actions = check_actions(actions, self.num_envs, self.task.vocab_size)
-        resetting = self._ended
-        again = resetting.nonzero()[0]
-        if self.autoreset_mode == AutoresetMode.DISABLED:
-            assert len(again) == 0, f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}"
-        live = ~resetting
+        again = self._ended.nonzero()[0]
+        if len(again) and self.autoreset_mode == AutoresetMode.DISABLED:
+            raise AssertionError(f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}")
         rewards = np.zeros(self.num_envs)
         infos: Info = {}
-        if self._ref_logits is not None and live.any():
-            self._penalties(actions, live, rewards, infos)
-        self._buffer.reshape(-1)[self._offsets + self._lengths] = actions
-        self._lengths += live
+        if self._ref_logits is not None and len(again) < self.num_envs:
+            self._penalties(actions, rewards, infos)
+        self._buffer.reshape(-1)[self._places] = actions
+        self._places += self._one
+        self._outcomes.append(actions)
+        ended = (self._places - self._starts == self._horizon) | (actions == self._end)
         if len(again):  # what was just written there goes
+            ended[again] = False
             self._restart(again)
-        generated = self._lengths - self._prompt_lengths
-        ended = ((actions == self.task.eos_token_id) | (generated == self.task.max_new_tokens)) & live
         self._ended = ended.copy()
         over = ended.nonzero()[0]
-        final = self._finish(over, ended, rewards) if len(over) else {}
+        final: Info = {}
+        if len(over):
+            last, final = self._outcomes.of(ended, self._episodes)
+            rewards += last
         if self.task.token_scores is not False:
-            self._token_scores(np.flatnonzero(live & ~ended), rewards)
-        if self._rewards is not None:
-            self._rewards[live, generated[live] - 1] = rewards[live]
+            self._token_scores(~ended, rewards)
+        if self.render_mode is not None:
+            self._picture(rewards)
         if len(over) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._into_final(infos, final, ended)
             self._restart(over)
@@ -195,13 +203,12 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             infos.update(final)
         if self._masked and not self._ended.all():
             infos.update(self._mask_info(~self._ended))
-        self._show()
         return self._tokens.copy(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
-    def _penalties(self, actions: NDArray[np.int64], live: Bools, rewards: NDArray[np.float64], infos: Info) -> None:
+    def _penalties(self, actions: NDArray[np.int64], rewards: NDArray[np.float64], infos: Info) -> None:
         """`-kl_coef * (log pi - log pi_ref)`, or `+kl_coef * log pi_ref` without a policy, for every live row."""
         assert self._ref_logits is not None
-        observations = self._tokens.copy()
+        live, observations = ~self._ended, self._tokens.copy()
         ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
         infos["ref_logprob"], infos["_ref_logprob"] = np.where(live, ref_logprobs, np.float32(0)), live.copy()
         if self.policy is None:
@@ -211,40 +218,28 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         infos["kl"], infos["_kl"] = np.where(live, kl, np.float32(0)), live.copy()
         rewards[live] += -self.kl_coef * kl[live].astype(np.float64)
 
-    def _responses(self, indices: NDArray[np.intp]) -> list[list[int]]:
+    def _episodes(self, indices: NDArray[np.intp]) -> tuple[list[Row], list[list[int]]]:
+        """The rows and the responses of these environments."""
+        offsets = self._offsets[indices]
+        starts, ends = (self._starts[indices] - offsets).tolist(), (self._places[indices] - offsets).tolist()
         texts = self._tokens[indices].tolist()
-        starts, ends = self._prompt_lengths[indices].tolist(), self._lengths[indices].tolist()
-        return [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)]
+        responses = [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)]
+        return self._rows[indices].tolist(), responses
 
-    def _token_scores(self, indices: NDArray[np.intp], rewards: NDArray[np.float64]) -> None:
+    def _token_scores(self, running: Bools, rewards: NDArray[np.float64]) -> None:
         """The reward of the token just written, where the score gives one for every token."""
-        if len(indices) == 0:
-            return
-        scores = self.task.evaluate([self._rows[i] for i in indices.tolist()], self._responses(indices))
-        if scores.tokens is not None:
-            rewards[indices] += scores.last
-
-    def _finish(self, indices: NDArray[np.intp], ended: Bools, rewards: NDArray[np.float64]) -> Info:
-        """Scores the episodes that ended and describes them: arrays of length N with their masks."""
-        rows = [self._rows[i] for i in indices.tolist()]
-        scores, columns = self.task.finish(rows, self._responses(indices))
-        rewards[indices] += scores.last
-        infos: Info = {}
-        for key, values in columns.items():
-            if isinstance(values, list):
-                infos[key] = texts = np.empty(self.num_envs, dtype=object)  # None everywhere
-                texts[indices] = np.array(values, dtype=object)
-            else:
-                infos[key] = np.zeros(self.num_envs)
-                infos[key][indices] = values
-            infos[f"_{key}"] = ended.copy()
-        return infos
+        indices = (running & (self._places > self._starts)).nonzero()[0]
+        if len(indices):
+            scores = self.task.evaluate(*self._episodes(indices))
+            if scores.tokens is not None:
+                rewards[indices] += scores.last
 
     def _into_final(self, infos: Info, final: Info, ended: Bools) -> None:
         """SAME_STEP: what belongs to the ended episodes moves into `final_obs` and `final_info`."""
         observations = np.full(self.num_envs, None, dtype=object)
-        for i in np.flatnonzero(ended):
-            observations[i] = self._tokens[i].copy()
+        over = ended.nonzero()[0]
+        for i, observation in zip(over.tolist(), self._tokens[over], strict=True):
+            observations[i] = observation
         for key in ("ref_logprob", "kl"):
             if key in infos:
                 final[key] = np.where(ended, infos[key], np.float32(0))
@@ -262,13 +257,12 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """(N, V) bool: the tokens that the task advises now in each row (all, for a task without masks)."""
         if not self._masked or not self._started or self._ended.all():
             return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
-        responses = np.full((self.num_envs, self.task.max_new_tokens), self.task.vocab_size, dtype=np.int64)  # (N, T)
-        columns = self._prompt_lengths[:, None] + np.arange(self.task.max_new_tokens)
-        written = columns < self._lengths[:, None]
-        responses[written] = self._tokens[np.nonzero(written)[0], columns[written]]
+        running = (~self._ended).nonzero()[0]
+        places = self._starts[running, None] + np.arange(self.task.max_new_tokens)  # (n, T)
+        written = places < self._places[running, None]
+        responses = np.where(written, self._buffer.take(places), self.task.vocab_size)
         mask = np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
-        running = np.flatnonzero(~self._ended)
-        mask[running] = self.task.masks([self._rows[i] for i in running.tolist()], responses[running])
+        mask[running] = self.task.masks(self._rows[running].tolist(), responses)
         return mask
 
     def _mask_info(self, rows: Bools) -> Info:
@@ -280,12 +274,19 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def pictures(self) -> list[Picture]:
         """The episodes as they stand, for the renderers."""
-        responses = self._responses(np.arange(self.num_envs))
-        paid = np.zeros((self.num_envs, self.task.max_new_tokens)) if self._rewards is None else self._rewards
+        rows, responses = self._episodes(np.arange(self.num_envs))
         return [
-            Picture.of(self.task, row.get("prompt", ""), response, rewards[: len(response)].tolist(), "reward", total)
-            for row, response, rewards, total in zip(self._rows, responses, paid, paid.sum(1).tolist(), strict=True)
+            Picture.of(self.task, row["prompt"] if row else "", ids, rewards[: len(ids)].tolist(), "reward", total)
+            for row, ids, rewards, total in zip(
+                rows, responses, self._rewards, self._rewards.sum(1).tolist(), strict=True
+            )
         ]
+
+    def _picture(self, rewards: NDArray[np.float64]) -> None:
+        """Keeps the rewards (N,) of a step for the renderers."""
+        written = (self._places > self._starts).nonzero()[0]
+        self._rewards[written, (self._places - self._starts)[written] - 1] = rewards[written]
+        self._show()
 
     def _show(self) -> None:
         if self.render_mode == "human":
@@ -296,43 +297,3 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if self.render_mode in (None, "human"):
             return None
         return tuple(draw(picture, self.render_mode) for picture in self.pictures())
-
-
-def as_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """The enum for a mode given as itself, its name or its value."""
-    for known in AutoresetMode:
-        if mode in (known, known.name, known.value):
-            return known
-    raise ValueError(f"autoreset_mode must be one of {[m.name for m in AutoresetMode]}; got {mode!r}")
-
-
-def reset_mask(options: dict[str, Any] | None, num_envs: int) -> Bools:
-    """The rows to reset: `options["reset_mask"]`, or all.
-
-    Raises:
-        TypeError, ValueError: as `SyncVectorEnv` does, for anything but an (N,) bool array with a True.
-    """
-    if options is None or "reset_mask" not in options:
-        return np.ones(num_envs, dtype=np.bool_)
-    mask = options["reset_mask"]
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        raise TypeError(f"options['reset_mask'] must be a numpy array of bool; got {mask!r}")
-    if mask.shape != (num_envs,) or not mask.any():
-        raise ValueError(f"options['reset_mask'] must have shape ({num_envs},) and at least one True; got {mask!r}")
-    return mask.copy()
-
-
-def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.int64]:
-    """The actions as (N,) int64.
-
-    Raises:
-        ValueError: for floats, another shape, or ids outside the vocabulary.
-    """
-    array = np.asarray(actions)
-    if array.shape != (num_envs,) or array.dtype.kind not in "iu":
-        raise ValueError(f"actions must be {num_envs} integer token ids; got shape {array.shape}, dtype {array.dtype}")
-    outside = array.astype(np.uint64) >= vocab_size  # a negative id becomes a huge one
-    if outside.any():
-        bad = int(np.flatnonzero(outside)[0])
-        raise ValueError(f"actions must be token ids from 0 to {vocab_size - 1}; got {array[bad]} in row {bad}")
-    return array.astype(np.int64, copy=False)

@@ -1,0 +1,121 @@
+"""What environments are given by their callers, checked where it enters."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from .render import RENDER_MODES
+from .scores import shorten
+from .task import Row
+
+
+def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
+    """Refuses a KL penalty without a reference, a negative or non-finite coefficient, a temperature of 0.
+
+    Raises:
+        ValueError: saying which argument, its value and what would be right.
+    """
+    if not (isinstance(kl_coef, (int, float)) and np.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef must be a number of at least 0; got {kl_coef!r}")
+    if kl_coef > 0 and reference is None:
+        raise ValueError(f"kl_coef={kl_coef} needs a reference to be close to: pass reference=model, or kl_coef=0")
+    if not (isinstance(temperature, (int, float)) and np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a number above 0; got {temperature!r}")
+
+
+def check_render_mode(render_mode: str | None) -> None:
+    """Refuses a render mode there is not.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode must be one of {RENDER_MODES} or None; got {render_mode!r}")
+
+
+def check_num_envs(num_envs: Any) -> int:
+    """The number of environments as an int.
+
+    Raises:
+        ValueError: for anything but a whole number of at least 1.
+    """
+    if not isinstance(num_envs, (int, np.integer)) or isinstance(num_envs, bool) or num_envs < 1:
+        raise ValueError(f"num_envs must be a whole number of at least 1; got {num_envs!r}")
+    return int(num_envs)
+
+
+def chosen_row(options: dict[str, Any] | None) -> Row | None:
+    """The row that `reset(options=...)` asks for, or None."""
+    if options is None:
+        return None
+    if "row" in options:
+        return options["row"]  # type: ignore[no-any-return]
+    return {"prompt": options["prompt"]} if "prompt" in options else None
+
+
+def check_action(action: Any, vocab_size: int) -> int:
+    """The action as an int.
+
+    Raises:
+        ValueError: for a float, a shape other than (), or an id outside the vocabulary.
+    """
+    try:
+        token = operator.index(action)
+        if 0 <= token < vocab_size and not isinstance(action, (bool, list)):
+            return token
+    except TypeError:
+        pass
+    raise ValueError(f"action must be one integer token id from 0 to {vocab_size - 1}; got {shorten(action)}")
+
+
+def as_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    """The enum for a mode given as itself, its name or its value."""
+    for known in AutoresetMode:
+        if mode in (known, known.name, known.value):
+            return known
+    raise ValueError(f"autoreset_mode must be one of {[m.name for m in AutoresetMode]}; got {mode!r}")
+
+
+def reset_mask(options: dict[str, Any] | None, num_envs: int) -> NDArray[np.bool_]:
+    """The rows to reset: `options["reset_mask"]`, or all.
+
+    Raises:
+        TypeError, ValueError: as `SyncVectorEnv` does, for anything but an (N,) bool array with a True.
+    """
+    if options is None or "reset_mask" not in options:
+        return np.ones(num_envs, dtype=np.bool_)
+    mask = options["reset_mask"]
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise TypeError(f"options['reset_mask'] must be a numpy array of bool; got {mask!r}")
+    if mask.shape != (num_envs,) or not mask.any():
+        raise ValueError(f"options['reset_mask'] must have shape ({num_envs},) and at least one True; got {mask!r}")
+    return mask.copy()
+
+
+def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.int64]:
+    """The actions as (N,) int64.
+
+    Raises:
+        ValueError: for floats, another shape, or ids outside the vocabulary.
+    """
+    array = np.asarray(actions)
+    if array.shape != (num_envs,) or array.dtype.kind not in "iu":
+        raise ValueError(f"actions must be {num_envs} integer token ids; got shape {array.shape}, dtype {array.dtype}")
+    ids = array if array.dtype == np.int64 else array.astype(np.int64)
+    outside = (ids.view(np.uint64) >= _unsigned(vocab_size)).nonzero()[0]  # a negative id becomes a huge one
+    if outside.size:
+        bad = int(outside[0])
+        raise ValueError(f"actions must be token ids from 0 to {vocab_size - 1}; got {array[bad]} in row {bad}")
+    return ids
+
+
+@functools.cache
+def _unsigned(number: int) -> NDArray[np.uint64]:
+    """The number as an array without axes: NumPy compares that twice as fast as a number of Python's."""
+    return np.array(number, dtype=np.uint64)
