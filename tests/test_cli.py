@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from textrl import cli
+from textrl.flags import agent_classes
 from textrl.registration import registered
 
 
@@ -28,7 +29,7 @@ def test_agents_lists_every_agent_with_its_paper(capsys):
     code, out, _ = run(capsys, "agents")
     assert code == 0
     assert re.search(r"ppo +PPO: .*Schulman 2017", out)
-    assert all(name.lower() in out for name in cli.agent_classes())
+    assert all(name.lower() in out for name in agent_classes())
 
 
 def test_train_then_evaluate(capsys, tmp_path):
@@ -80,7 +81,11 @@ BAD = {
     "--env-arg must be NAME=VALUE; got 'length'": ["train", "ppo", *COPY, "--env-arg", "length"],
     "Copy got an unexpected keyword argument 'lengh'": ["train", "ppo", *COPY, "--env-arg", "lengh=3"],
     "clip_coef must be above 0 and below 1; got 3.0": ["train", "ppo", *COPY, "--clip-coef", "3"],
-    "--dataset must be a file": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
+    "dataset must be a file that exists": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
+    "--resume must be the --log-dir of a textrl train; 'absent' has no run.json": ["train", "--resume", "absent"],
+    "--resume takes everything from the run": ["train", "ppo", "--resume", "absent"],
+    "AGENT is missing": ["train", *COPY],
+    "--keep must be at least 1; got 0": ["train", "ppo", *COPY, "--keep", "0"],
     "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],
     "minutes must be above 0; got 0.0": ["rlhf", "--minutes", "0"],
 }

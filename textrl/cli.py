@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import importlib
-import inspect
 import json
-import re
 import sys
-from importlib.metadata import entry_points
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .registration import make_task, registered, task_class
+from .flags import Parser, agent_class, check_env_id, parse_config, parse_env_args
+from .listing import list_agents, list_envs
+from .render import escape
 
 if TYPE_CHECKING:
     from .agent import Agent
 
 RUN = "run.json"
 """In a run's folder: which agent, environment and seed it was."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message on stderr and exits with 2."""
-        sys.stderr.write(f"{self.prog}: error: {message}\n")
-        raise SystemExit(2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,14 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
         options.rest = rest
         if options.command in ("train", "evaluate", "rlhf"):
             quiet_libraries()
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = one_line_warning
+            options.run(options)
     except (ValueError, OSError, gym.error.Error, ImportError) as error:
-        sys.stderr.write(f"textrl: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("textrl: interrupted\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"textrl: interrupted{f'; {error}' if str(error) else ''}\n")
         return 130
     return 0
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks and without control characters that a file or a model may have put there."""
+    return escape(" ".join(str(message).split()))
+
+
+def one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Shows a warning without the line of code it comes from."""
+    sys.stderr.write(f"textrl: warning: {one_line(message)}\n")
 
 
 def quiet_libraries() -> None:
@@ -82,111 +83,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-# ---- envs and agents -----------------------------------------------------------------------------------------
-
-
-def list_envs(options: argparse.Namespace) -> None:
-    """Prints the table of registered environments."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in ("id", "vocabulary", "horizon", "responses", "best score", "teaches"):
-        table.add_column(name, justify="left" if name in ("id", "teaches") else "right")
-    for id, where in registered().items():
-        table.add_row(*env_cells(id, where))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def env_cells(id: str, where: Any) -> list[str]:
-    """An environment's row of the table; dashes where its task cannot be made here and now (data not fetched yet)."""
-    try:
-        cls = task_class(where)
-    except ValueError:
-        return [id, *"----", ""]
-    page = " ".join((inspect.getdoc(cls) or "").split())
-    found = re.search(r"What it teaches: (.*?)(?: Optimum:|$)", page)
-    teaches = found[1] if found else ""
-    best = getattr(cls, "best_score", None)
-    if not getattr(cls, "at_hand", lambda: True)():
-        return [id, *"----", teaches]
-    try:
-        task = make_task(where)
-    except (ValueError, OSError, ImportError):
-        return [id, *"----", teaches]
-    vocabulary, horizon = task.vocab_size, task.max_new_tokens
-    # every string of tokens other than the end, ended or cut at the horizon
-    responses = sum((vocabulary - 1) ** t for t in range(horizon)) + (vocabulary - 1) ** horizon
-    size = str(responses) if responses < 10**7 else f"1e{len(str(responses)) - 1}"
-    return [id, str(vocabulary), str(horizon), size, "-" if best is None else f"{best:g}", teaches]
-
-
-def list_agents(options: argparse.Namespace) -> None:
-    """Prints every agent with the first line of its file."""
-    for name, cls in agent_classes().items():
-        page = inspect.getmodule(cls).__doc__ or cls.__doc__ or ""  # type: ignore[union-attr]
-        print(f"{name.lower():<12} {page.strip().splitlines()[0]}")
-
-
-def agent_classes() -> dict[str, type[Agent]]:
-    """Our own agents and those that other packages name in the entry-point group `textrl.agents`."""
-    agents = importlib.import_module("textrl.agents")
-    found = {name: getattr(agents, name) for name in agents.__all__}
-    for entry in entry_points(group="textrl.agents"):
-        found[entry.name] = entry.load()
-    return found
-
-
-def agent_class(name: str) -> type[Agent]:
-    """The agent called `name` (in any case), or "module:Class".
-
-    Raises:
-        ValueError: for a name nobody has, with the nearest.
-    """
-    from .agent import Agent
-
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        sys.path.insert(0, "")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"agent {name!r} cannot be imported: {error}") from None
-        finally:
-            sys.path.pop(0)
-        if not (isinstance(cls, type) and issubclass(cls, Agent)):
-            raise ValueError(f"agent must be a subclass of textrl.Agent; {name!r} is {cls!r}")
-        return cls
-    known = {key.lower(): cls for key, cls in agent_classes().items()}
-    if name.lower() not in known:
-        raise ValueError(f"unknown agent {name!r}; {nearest(name.lower(), list(known))}")
-    return known[name.lower()]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A question with the nearest names, or all there are."""
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-
-
-def check_env_id(id: str) -> str:
-    """The id, if it is registered (after importing its module, for "module:id").
-
-    Raises:
-        ValueError: otherwise, with the nearest ids.
-    """
-    module, _, plain = id.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"env {id!r} cannot be imported: {error}") from None
-    known = list(registered())
-    if plain not in known:
-        raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
-    return plain
-
-
 # ---- train ---------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +93,8 @@ def _train_parser(commands: Any) -> None:
         description="Trains an agent. Its settings are flags too: textrl train AGENT --settings lists them.",
         allow_abbrev=False,
     )
-    train.add_argument("agent", metavar="AGENT", help="see textrl agents; or module:Class")
+    train.add_argument("agent", metavar="AGENT", nargs="?", help="see textrl agents; or module:Class")
+    train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, and nothing else")
     train.add_argument("--settings", action="store_true", help="list the agent's own settings, and stop")
     train.add_argument("--env", metavar="ID", help="see textrl envs")
     train.add_argument(
@@ -206,88 +103,102 @@ def _train_parser(commands: Any) -> None:
     train.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     train.add_argument("--reference", help="folder or hub name of the frozen reference")
     train.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty (default: %(default)s)")
-    train.add_argument("--dataset", metavar="FILE", help="jsonl, csv or parquet, for agents that learn from one")
+    train.add_argument(
+        "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
+    )
+    train.add_argument("--dataset", metavar="FILE", help="json, jsonl, csv or parquet, for agents that learn from one")
+    train.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of these files out, and list them")
     train.add_argument("--total-timesteps", type=int, default=50_000, help="tokens (default: %(default)s)")
     train.add_argument("--log-dir", metavar="RUN", help="where logs and the agent go (default: runs/ENV-AGENT-SEED)")
+    train.add_argument("--checkpoint-every", type=int, metavar="N", help="tokens (default: a tenth of all)")
+    train.add_argument(
+        "--keep", type=int, default=2, metavar="K", help="newest checkpoints kept (default: %(default)s)"
+    )
     train.add_argument("--quiet", action="store_true", help="no bar and no table")
     train.set_defaults(run=train_agent)
 
 
 def train_agent(options: argparse.Namespace) -> None:
-    """Trains an agent and saves it."""
+    """Trains an agent and saves it, from the beginning or from where a run was stopped."""
+    from .checkpoint import write_json
+
+    if options.resume is not None:
+        if options.agent is not None or options.rest:
+            raise ValueError("--resume takes everything from the run: give no agent and no settings with it")
+        resume_run(Path(options.resume), options.quiet)
+        return
+    if options.agent is None:
+        raise ValueError("AGENT is missing; textrl agents lists them")
     cls = agent_class(options.agent)
     rest = ["--help"] if options.settings else options.rest
     config = parse_config(cls.config_class, rest, f"textrl train {options.agent}")
     if options.env is None:
         raise ValueError("--env is missing; textrl envs lists the environments")
     id, kwargs = check_env_id(options.env), parse_env_args(options.env_arg)
-    if options.total_timesteps < 1:
-        raise ValueError(f"--total-timesteps must be at least 1; got {options.total_timesteps}")
-    env_kwargs = {**kwargs, "reference": options.reference, "kl_coef": options.kl_coef}
-    env = gym.make_vec(id, num_envs=config.batch_size, **env_kwargs)
+    if options.prompts is not None:
+        kwargs |= {"prompts": options.prompts, "skip_bad_rows": options.skip_bad_rows}
+    for name in ("total_timesteps", "checkpoint_every", "keep"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     name = id.split("/")[-1].lower()
     folder = Path(options.log_dir or f"runs/{name}-{cls.__name__.lower()}-{config.seed}")
     if (folder / "final").exists() or (folder / RUN).exists():
-        raise ValueError(f"--log-dir must be a new folder; {str(folder)!r} holds a run already")
-    extra = {"dataset": read_rows(options.dataset)} if options.dataset else {}
-    agent = cls(env, options.model, config, **extra)
+        raise ValueError(
+            f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
+        )
+    run = {
+        "agent": options.agent,
+        "env": options.env,
+        "env_kwargs": {**kwargs, "reference": options.reference, "kl_coef": options.kl_coef},
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "model": options.model,
+        "dataset": options.dataset and str(Path(options.dataset).resolve()),
+        "skip_bad_rows": options.skip_bad_rows,
+        "total_timesteps": options.total_timesteps,
+        "checkpoint_every": options.checkpoint_every or max(1, options.total_timesteps // 10),
+        "keep": options.keep,
+    }
+    agent = make_agent(run)
     folder.mkdir(parents=True, exist_ok=True)
-    run = {"agent": options.agent, "env": options.env, "env_kwargs": env_kwargs, "seed": config.seed}
-    (folder / RUN).write_text(json.dumps(run, indent=2) + "\n")
-    agent.learn(options.total_timesteps, log_dir=folder, progress_bar=not options.quiet)
+    write_json(folder / RUN, run)
+    finish_run(agent, run, folder, options.quiet)
+
+
+def make_agent(run: dict[str, Any]) -> Agent:
+    """The agent of a run as it was when the run began."""
+    cls = agent_class(run["agent"])
+    env = gym.make_vec(check_env_id(run["env"]), num_envs=run["config"]["batch_size"], **run["env_kwargs"])
+    extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
+    return cls(env, run["model"], cls.config_class(**run["config"]), **extra)
+
+
+def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> None:
+    """Learns from the newest checkpoint, or the beginning, to the end."""
+    agent.learn(
+        run["total_timesteps"],
+        log_dir=folder,
+        progress_bar=not quiet,
+        checkpoint_every=run["checkpoint_every"],
+        keep=run["keep"],
+        resume=True,
+    )
     agent.save(folder / "final")
     print(f"saved {folder / 'final'}; textrl evaluate {folder} scores it")
 
 
-def read_rows(path: str) -> Any:
-    """A dataset from a jsonl, json, csv or parquet file."""
-    import datasets
-
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = kinds.get(Path(path).suffix)
-    if kind is None or not Path(path).is_file():
-        raise ValueError(f"--dataset must be a file that ends in one of {sorted(kinds)}; got {path!r}")
-    return datasets.load_dataset(kind, data_files=path, split="train")
-
-
-def parse_env_args(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as keyword arguments; a value is JSON where it can be, else text."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--env-arg must be NAME=VALUE; got {pair!r}")
-        try:
-            out[name] = json.loads(value)
-        except json.JSONDecodeError:
-            out[name] = value
-    return out
-
-
-def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> Any:
-    """A config dataclass from command-line flags, one a field; the comment beside a field is its help."""
-    parser = Parser(prog=prog, add_help=True, description=inspect.getdoc(config_class))
-    comments = field_comments(config_class)
-    for field in dataclasses.fields(config_class):
-        flag = "--" + field.name.replace("_", "-")
-        kinds = [kind for kind in ("bool", "int", "float", "str") if kind in str(field.type)]
-        help = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        if kinds == ["bool"]:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
-        elif kinds:
-            kind = {"int": int, "float": float, "str": str}[kinds[0]]
-            parser.add_argument(flag, type=kind, default=field.default, metavar=kinds[0].upper(), help=help)
-    parsed = parser.parse_args(arguments)
-    return config_class(**vars(parsed))
-
-
-def field_comments(config_class: type[Any]) -> dict[str, str]:
-    """The comment beside each field of a dataclass, those it inherits too."""
-    comments: dict[str, str] = {}
-    for cls in reversed(config_class.__mro__):
-        if dataclasses.is_dataclass(cls):
-            comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-    return comments
+def resume_run(folder: Path, quiet: bool) -> None:
+    """Goes on with a run that was stopped."""
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    if "total_timesteps" not in run:
+        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    if (folder / "final").is_dir():
+        print(f"{folder} is finished; textrl evaluate {folder} scores it")
+        return
+    finish_run(make_agent(run), run, folder, quiet)
 
 
 # ---- evaluate ------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .arguments import check_penalty
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
-from .env import check_penalty
 from .policy import value_model
 from .tabular import TabularLM, TabularScorer, tabular_model
 from .task import Task

@@ -11,7 +11,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper,
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import Info, Policy, check_penalty, chosen_logprobs
+from .arguments import check_penalty
+from .env import Info, Policy, chosen_logprobs
 from .task import Task
 
 if TYPE_CHECKING:

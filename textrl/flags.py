@@ -1,0 +1,127 @@
+"""What a user typed, as what it names: agents, environments, settings; errors of one line with the nearest names."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import re
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .registration import registered
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message on stderr and exits with 2."""
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        raise SystemExit(2)
+
+
+def agent_classes() -> dict[str, type[Agent]]:
+    """Our own agents and those that other packages name in the entry-point group `textrl.agents`."""
+    agents = importlib.import_module("textrl.agents")
+    found = {name: getattr(agents, name) for name in agents.__all__}
+    for entry in entry_points(group="textrl.agents"):
+        found[entry.name] = entry.load()
+    return found
+
+
+def agent_class(name: str) -> type[Agent]:
+    """The agent called `name` (in any case), or "module:Class".
+
+    Raises:
+        ValueError: for a name nobody has, with the nearest.
+    """
+    from .agent import Agent
+
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        sys.path.insert(0, "")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"agent {name!r} cannot be imported: {error}") from None
+        finally:
+            sys.path.pop(0)
+        if not (isinstance(cls, type) and issubclass(cls, Agent)):
+            raise ValueError(f"agent must be a subclass of textrl.Agent; {name!r} is {cls!r}")
+        return cls
+    known = {key.lower(): cls for key, cls in agent_classes().items()}
+    if name.lower() not in known:
+        raise ValueError(f"unknown agent {name!r}; {nearest(name.lower(), list(known))}")
+    return known[name.lower()]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A question with the nearest names, or all there are."""
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
+
+
+def check_env_id(id: str) -> str:
+    """The id, if it is registered (after importing its module, for "module:id").
+
+    Raises:
+        ValueError: otherwise, with the nearest ids.
+    """
+    module, _, plain = id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"env {id!r} cannot be imported: {error}") from None
+    known = list(registered())
+    if plain not in known:
+        raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
+    return plain
+
+
+def parse_env_args(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as keyword arguments; a value is JSON where it can be, else text."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--env-arg must be NAME=VALUE; got {pair!r}")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
+def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> Any:
+    """A config dataclass from command-line flags, one a field; the comment beside a field is its help."""
+    parser = Parser(prog=prog, add_help=True, description=inspect.getdoc(config_class))
+    comments = field_comments(config_class)
+    for field in dataclasses.fields(config_class):
+        flag = "--" + field.name.replace("_", "-")
+        kinds = [kind for kind in ("bool", "int", "float", "str") if kind in str(field.type)]
+        help = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        if kinds == ["bool"]:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+        elif kinds:
+            kind = {"int": int, "float": float, "str": str}[kinds[0]]
+            parser.add_argument(flag, type=kind, default=field.default, metavar=kinds[0].upper(), help=help)
+    parsed = parser.parse_args(arguments)
+    return config_class(**vars(parsed))
+
+
+def field_comments(config_class: type[Any]) -> dict[str, str]:
+    """The comment beside each field of a dataclass, those it inherits too."""
+    comments: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(cls):
+            comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    return comments

@@ -1,0 +1,55 @@
+"""The tables of `textrl envs` and `textrl agents`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from typing import Any
+
+from .flags import agent_classes
+from .registration import make_task, registered, task_class
+
+
+def list_envs(options: argparse.Namespace) -> None:
+    """Prints the table of registered environments."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("id", "vocabulary", "horizon", "responses", "best score", "teaches"):
+        table.add_column(name, justify="left" if name in ("id", "teaches") else "right")
+    for id, where in registered().items():
+        table.add_row(*env_cells(id, where))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def env_cells(id: str, where: Any) -> list[str]:
+    """An environment's row of the table; dashes where its task cannot be made here and now (data not fetched yet)."""
+    try:
+        cls = task_class(where)
+    except ValueError:
+        return [id, *"----", ""]
+    page = " ".join((inspect.getdoc(cls) or "").split())
+    found = re.search(r"What it teaches: (.*?)(?: Optimum:|$)", page)
+    teaches = found[1] if found else ""
+    best = getattr(cls, "best_score", None)
+    if not getattr(cls, "at_hand", lambda: True)():
+        return [id, *"----", teaches]
+    try:
+        task = make_task(where)
+    except (ValueError, OSError, ImportError):
+        return [id, *"----", teaches]
+    vocabulary, horizon = task.vocab_size, task.max_new_tokens
+    # every string of tokens other than the end, ended or cut at the horizon
+    responses = sum((vocabulary - 1) ** t for t in range(horizon)) + (vocabulary - 1) ** horizon
+    size = str(responses) if responses < 10**7 else f"1e{len(str(responses)) - 1}"
+    return [id, str(vocabulary), str(horizon), size, "-" if best is None else f"{best:g}", teaches]
+
+
+def list_agents(options: argparse.Namespace) -> None:
+    """Prints every agent with the first line of its file."""
+    for name, cls in agent_classes().items():
+        page = inspect.getmodule(cls).__doc__ or cls.__doc__ or ""  # type: ignore[union-attr]
+        print(f"{name.lower():<12} {page.strip().splitlines()[0]}")
