@@ -1,0 +1,93 @@
+"""The whole road on a tiny model and made-up ratings: killed in the middle, started again, and its report."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Fast
+
+END = "<|endoftext|>"
+GOOD, BAD = ["fine", "lovely", "great", "superb"], ["dull", "awful", "weak", "boring"]
+
+
+def sentences(n):
+    """Texts with the mean of their ratings: the more good words, the better."""
+    rng = random.Random(0)
+    for _ in range(n):
+        good = rng.randrange(4)
+        words = [rng.choice(GOOD) for _ in range(good)] + [rng.choice(BAD) for _ in range(3 - good)]
+        rng.shuffle(words)
+        subject = f"{rng.randrange(1000)} {rng.choice(['films', 'plots', 'casts'])}"
+        yield f"{subject} were {' '.join(words)}", good - 1.5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and, as the cache, ratings in the format of the real files."""
+    root = tmp_path_factory.mktemp("rlhf")
+    ratings = root / "cache/vader-ratings"
+    ratings.mkdir(parents=True)
+    rows = list(enumerate(sentences(1600)))
+    for file in ("movieReviewSnippets", "amazonReviewSnippets"):
+        (ratings / f"{file}_GroundTruth.txt").write_text("".join(f"{i}\t{m}\t{file[0]} {t}\n" for i, (t, m) in rows))
+        lists = [(i, [round(m + 0.5), round(m - 0.5), round(2 * m)]) for i, (_, m) in rows]
+        (ratings / f"{file}_anonDataRatings.txt").write_text("".join(f"{i}\t0\t0\t{values}\n" for i, values in lists))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator(
+        [text for _, (text, _) in rows],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer = Fast(tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=END)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root
+
+
+def start(place, *arguments):
+    flags = "--minutes 0.5 --trainable-layers 2 --eval-episodes 16 --eval-groups 4 --ppo-batch-size 32 --device cpu"
+    environment = {**os.environ, "TEXTRL_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "textrl.cli", "rlhf", "--model", str(place / "model"), *flags.split(), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a_report(place):
+    run = place / "run"
+    process = start(place, "--log-dir", str(run))
+    while not (run / "logs/reward_model").exists():  # step 1 is whole, step 2 has begun
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = (run / "sft/model.safetensors").stat().st_mtime_ns
+    out, _ = (again := start(place, "--log-dir", str(run))).communicate()
+    assert again.returncode == 0, out
+    assert "step 1 of 3, sft: done already" in out
+    assert (run / "sft/model.safetensors").stat().st_mtime_ns == kept
+    report = json.loads((run / "report.json").read_text())
+    assert 0 <= report["reward_model"]["accuracy"] <= 1
+    assert 0.9 < report["reward_model"]["human_ceiling"] <= 1
+    for when in ("before", "after"):
+        assert {"score", "vader", "kl", "response_length", "distinct_2"} <= set(report[when])
+    assert report["before"]["kl"] == pytest.approx(0, abs=1e-3)
+    assert len(report["samples"]) == 8
+    assert all(sample["prompt"] in (run / "report.html").read_text() for sample in report["samples"])
+    AutoModelForCausalLM.from_pretrained(run / "sft")
+    AutoModelForCausalLM.from_pretrained(run / "ppo")
+    assert AutoModelForSequenceClassification.from_pretrained(run / "reward_model").config.num_labels == 1
+    assert not list(run.glob(".*")), "nothing half-written is left"
+    other, _ = (refused := start(place, "--log-dir", str(run), "--seed", "1")).communicate()
+    assert refused.returncode == 2
+    assert "holds a run with another seed" in other
