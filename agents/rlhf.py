@@ -30,11 +30,12 @@ from textrl.agent import check
 from textrl.env import TextEnv
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
-from textrl.report import Section, curves, distinct, visible, write_report
+from textrl.report import write_report
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
 
 from .ppo import PPO
+from .rlhf_report import compare, print_summary, sections
 from .sft import SFT
 
 
@@ -53,18 +54,18 @@ class RLHFConfig:
     opening_words: int = 4  # words of a review that are given as the prompt
     max_new_tokens: int = 24  # horizon
     temperature: float = 0.8  # of policy and reference, in sampling and in the updates
-    sft_timesteps: int = 16_000  # tokens of SFT
+    sft_timesteps: int = 32_000  # tokens of SFT
     sft_batch_size: int = 32  # sentences a step
     sft_learning_rate: float = 3e-4  # step size of SFT
     reward_groups: int = 52  # groups of sentences the reward model learns from, one a step
     reward_group_size: int = 32  # sentences in a group: all their pairs that differ by the gap are compared
     reward_learning_rate: float = 4e-4  # step size of the reward model
     pair_gap: float = 1.0  # least difference of the mean ratings of a pair
-    ppo_timesteps: int = 12_000  # tokens of PPO
-    ppo_batch_size: int = 128  # episodes an iteration
+    ppo_timesteps: int = 16_000  # tokens of PPO
+    ppo_batch_size: int = 64  # episodes an iteration
     ppo_epochs: int = 1  # passes over each batch
-    ppo_minibatches: int = 4  # steps a pass
-    ppo_learning_rate: float = 4e-4  # step size of policy and critic
+    ppo_minibatches: int = 2  # steps a pass
+    ppo_learning_rate: float = 5e-4  # step size of policy and critic
     kl_coef: float = 0.1  # weight of the KL penalty
     eval_episodes: int = 256  # held-out openings for the report
     eval_groups: int = 20  # groups of held-out sentences for the report, their pairs compared likewise
@@ -77,23 +78,6 @@ class RLHFConfig:
 
 
 RUN = "run.json"
-SHOWN = 8
-MEASURES = {
-    "score": "reward model's score",
-    "vader": "VADER (independent judge)",
-    "kl": "KL to the SFT model, nats a response",
-    "response_length": "response length, tokens",
-    "stopped": "share that stopped by itself",
-    "distinct_2": "distinct-2",
-}
-PPO_CURVES = {
-    "rollout/score": "score",
-    "rollout/kl_reference": "KL to the SFT model",
-    "rollout/response_length": "response length",
-    "train/entropy": "entropy",
-    "train/explained_variance": "explained variance",
-    "train/kl_coef": "KL coefficient",
-}
 
 
 def rlhf(config: RLHFConfig) -> dict[str, Any]:
@@ -266,16 +250,12 @@ class _Run:
 
     def report(self) -> dict[str, Any]:
         """Compares the SFT model and the PPO policy on held-out openings and writes the report."""
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
         print("report", flush=True)
         config, sft, policy, scorer = self.config, self.load("sft"), self.load("ppo"), self.scorer()
         test = self.ratings.filter(lambda row: row["split"] == "test")
         pairs = rating_groups(test, config.pair_gap, config.eval_groups, config.reward_group_size, seed=0)
         prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"][: config.eval_episodes]
         env = self.env(prompts, scorer, sft, config.max_new_tokens)
-        judge = SentimentIntensityAnalyzer()
-        drawn = {"before": self.samples(env, sft, prompts), "after": self.samples(env, policy, prompts)}
         out: dict[str, Any] = {
             "model": self.about,
             "reward_model": {
@@ -284,86 +264,13 @@ class _Run:
                 "accuracy": scorer.accuracy(pairs),
                 "human_ceiling": human_ceiling(pairs),
             },
+            **compare(prompts, self.samples(env, sft, prompts), self.samples(env, policy, prompts)),
+            "seconds": {**self._seconds, "all": round(sum(self._seconds.values()), 1)},
+            "config": dataclasses.asdict(config),
         }
-        for name, rollout in drawn.items():
-            texts = [p + c for p, c in zip(prompts, rollout.completions, strict=True)]
-            numbers = rollout.metrics()
-            out[name] = {
-                "score": numbers["rollout/score"],
-                "score_std": numbers["rollout/score_std"],
-                "vader": sum(judge.polarity_scores(text)["compound"] for text in texts) / len(texts),
-                "kl": numbers["rollout/kl_reference"],
-                "response_length": numbers["rollout/response_length"],
-                "stopped": numbers["rollout/stopped"],
-                "distinct_2": distinct(rollout.completions),
-            }
-        before, after = out["before"], out["after"]
-        out["score_gain_in_reference_stds"] = (after["score"] - before["score"]) / before["score_std"]
-        out["vader_gain"] = after["vader"] - before["vader"]
-        out["kl_per_response"] = after["kl"]
-        out["distinct_2_ratio"] = after["distinct_2"] / before["distinct_2"]
-        out["seconds"] = {**self._seconds, "all": round(sum(self._seconds.values()), 1)}
-        out["config"] = dataclasses.asdict(config)
-        columns = (prompts, drawn["before"].completions, drawn["after"].completions)
-        out["samples"] = [
-            {"prompt": p, "before": b, "after": a} for p, b, a in list(zip(*columns, strict=True))[:SHOWN]
-        ]
-        write_report(self.folder / "report.html", "RLHF on movie reviews", self.about, self._sections(out))
+        write_report(
+            self.folder / "report.html", "RLHF on movie reviews", self.about, sections(out, self.folder / "logs")
+        )
         checkpoint.write_json(self.folder / "report.json", out)
         print_summary(out, self.folder)
         return out
-
-    def _sections(self, out: dict[str, Any]) -> list[Section]:
-        logs, before, after = self.folder / "logs", out["before"], out["after"]
-        rows = [(name, f"{before[key]:.3f}", f"{after[key]:.3f}") for key, name in MEASURES.items()]
-        samples = [(s["prompt"], s["before"], s["after"]) for s in out["samples"]]
-        reward = out["reward_model"]
-        return [
-            Section(
-                "Before and after",
-                f"{len(out['samples'])} of {self.config.eval_episodes} openings of reviews that no step has seen; the"
-                " same random numbers before and after.",
-                ("opening", "SFT model", "after PPO"),
-                samples,
-            ),
-            Section(
-                "Means over all held-out openings",
-                "The score is the reward model's, in standard deviations of the SFT model's own. VADER is an"
-                " independent judge: nothing was trained on it.",
-                ("", "SFT model", "after PPO"),
-                rows,
-            ),
-            Section(
-                "The reward model and people",
-                f"On {reward['pairs']} held-out pairs whose mean ratings differ by at least {reward['pair_gap']:g}, the"
-                f" reward model agrees with the mean of the raters on {reward['accuracy']:.1%}; one person drawn at"
-                f" random agrees with the mean of the others on {reward['human_ceiling']:.1%}.",
-            ),
-            Section("PPO", "Against tokens learned from.", curves=curves(logs / "ppo" / "progress.csv", PPO_CURVES)),
-            Section(
-                "Reward model",
-                "Against pairs.",
-                curves=curves(
-                    logs / "reward_model" / "progress.csv", {"train/loss": "loss", "train/accuracy": "accuracy"}
-                ),
-            ),
-            Section(
-                "SFT", "Against tokens.", curves=curves(logs / "sft" / "progress.csv", {"train/loss": "cross-entropy"})
-            ),
-        ]
-
-
-def print_summary(out: dict[str, Any], folder: Path) -> None:
-    """The report's figures, on the terminal."""
-    reward, before, after = out["reward_model"], out["before"], out["after"]
-    print(
-        f"\nreward model: {reward['accuracy']:.1%} of {reward['pairs']} held-out pairs"
-        f" (one person: {reward['human_ceiling']:.1%})"
-    )
-    print(f"{'':<34}{'SFT':>9}{'PPO':>9}")
-    for key, name in MEASURES.items():
-        print(f"{name:<34}{before[key]:>9.3f}{after[key]:>9.3f}")
-    for sample in out["samples"]:
-        print(f"\n{visible(sample['prompt'])} ...")
-        print(f"  SFT: {visible(sample['before'])}\n  PPO: {visible(sample['after'])}")
-    print(f"\nall steps took {out['seconds']['all']:.0f} s; see {folder / 'report.html'} and {folder / 'report.json'}")

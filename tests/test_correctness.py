@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import textrl
 from textrl.agents import PPO, REINFORCE, SFT
 from textrl.generation import Sampling, draw, generate
+from textrl.optim import Optimizer
 from textrl.policy import (
     CausalPolicy,
     alike,
@@ -448,3 +449,19 @@ def test_sft_learns_responses_and_their_end():
     agent = SFT(env, dataset=rows, batch_size=3, learning_rate=5e-3)
     agent.learn(1200)
     assert agent.generate(["a", "abc", "cab"], deterministic=True) == ["a", "cba", "bac"]
+
+
+def test_the_gradient_of_each_model_is_clipped_by_its_own_norm() -> None:
+    """A critic's large gradient leaves the policy's step as it is."""
+    steps = []
+    for scale in (1.0, 1000.0):
+        policy, critic = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+        for module, value in ((policy, 0.25), (critic, scale)):
+            for parameter in module.parameters():
+                torch.nn.init.zeros_(parameter)
+                parameter.grad = torch.full_like(parameter, value)
+        optimizer = Optimizer(policy.parameters(), critic.parameters(), learning_rate=0.1, max_grad_norm=0.5)
+        norm = optimizer.step()
+        assert norm == pytest.approx(math.sqrt(6 * 0.25**2 + 3 * scale**2))
+        steps.append(policy.weight.detach().clone())
+    torch.testing.assert_close(steps[0], steps[1], atol=0, rtol=0)

@@ -108,10 +108,10 @@ class Agent:
             self.base.reference.to(self.device)
         self.build()
         self.optimizer = Optimizer(
-            trainable(*self.modules.values()),
-            self.learning_rate,
-            self.config.max_grad_norm,
-            self.config.weight_decay,
+            *(trainable(module) for module in self.modules.values()),
+            learning_rate=self.learning_rate,
+            max_grad_norm=self.config.max_grad_norm,
+            weight_decay=self.config.weight_decay,
         )
 
     def _load(self, model: PreTrainedModel | str | Path | None) -> PreTrainedModel:

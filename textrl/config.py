@@ -23,7 +23,7 @@ class AgentConfig:
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not at all
+    max_grad_norm: float = 1.0  # the gradient of each model is clipped to this norm; 0: not at all
     weight_decay: float = 0.0  # of AdamW
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass

@@ -14,9 +14,10 @@ class Optimizer:
     """AdamW for parameters of any dtype: those below float32 are updated through float32 copies.
 
     Args:
-        parameters: what learns.
+        groups: what learns, a model's parameters each; one that is in several counts in the first.
         learning_rate: the step size.
-        max_grad_norm: the global norm that gradients are clipped to; 0 does not clip.
+        max_grad_norm: the norm that the gradient of each group is clipped to, so that a critic's does not shrink the
+            policy's; 0 does not clip.
         weight_decay: decoupled, as in AdamW.
         eps: 1e-5, as PPO wants it (Huang 2022, detail 3).
 
@@ -26,13 +27,18 @@ class Optimizer:
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        *groups: Iterable[nn.Parameter],
         learning_rate: float,
         max_grad_norm: float = 1.0,
         weight_decay: float = 0.0,
         eps: float = 1e-5,
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[nn.Parameter] = []
+        self.groups: list[slice] = []
+        for group in groups:
+            known, start = set(self.parameters), len(self.parameters)
+            self.parameters += [p for p in group if p not in known]
+            self.groups.append(slice(start, len(self.parameters)))
         if not self.parameters:
             raise ValueError("model has no parameter that requires a gradient: nothing could be learned")
         self.masters: list[Tensor] = [
@@ -58,7 +64,7 @@ class Optimizer:
             parameter.grad = None
 
     def step(self) -> float:
-        """Takes one step with the gradients at hand; returns their norm before clipping.
+        """Takes one step with the gradients at hand; returns the norm of all of them before clipping.
 
         A norm that is not finite takes no step and is counted in `skipped`.
         """
@@ -67,7 +73,8 @@ class Optimizer:
             if parameter is not master:
                 master.grad = parameter.grad.float()  # type: ignore[union-attr]
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        norm = float(nn.utils.clip_grad_norm_([m for _, m in live], limit))
+        norms = [nn.utils.clip_grad_norm_(self.masters[group], limit) for group in self.groups]
+        norm = float(torch.stack(norms).norm())
         if math.isfinite(norm):
             self.adam.step()
             with torch.no_grad():

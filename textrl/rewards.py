@@ -198,7 +198,11 @@ def train_reward_model(
         )
     train_last_layers(reward_model.model, config.trainable_layers)
     optimizer = Optimizer(
-        trainable(reward_model.model), config.learning_rate, config.max_grad_norm, config.weight_decay, eps=1e-8
+        trainable(reward_model.model),
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        eps=1e-8,
     )
     rng = np.random.default_rng(config.seed)
     members = _groups(pairs)
