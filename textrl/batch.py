@@ -1,0 +1,187 @@
+"""`Rollout`, a batch of episodes as tensors, and its parts of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .policy import CausalPolicy, alike
+from .returns import masked_mean
+from .task import Row
+from .trunk import states_below
+
+
+@dataclass
+class Rollout:
+    """A batch of B episodes, at most T response tokens each.
+
+    Attributes:
+        tokens: (B, S) int64, each row its prompt and then its response, from the left; 0 after the end.
+        prompt_lengths: (B,) int64.
+        action_mask: (B, T) bool, which tokens of the response region were the agent's.
+        logprobs: (B, T) float32, of the agent's tokens under the policy that drew them; 0 elsewhere, as below. NaN,
+            here and in `rewards` and `scores`, where texts were given and it is not known.
+        rewards: (B, T) float32, as the environment paid them: the score and the KL penalty.
+        scores: (B,) float32, the task's score of each response.
+        stopped: (B,) bool, whether the response ended by itself (with the end token).
+        rows: B rows of the task.
+        completions: B responses as text.
+        ref_logprobs: (B, T), under the frozen reference, or None without one.
+        allowed: (B, T, V) bool, the action masks that held when the tokens were drawn, or None.
+        values: (B, T), the critic's, once an agent has asked it.
+        advantages: (B, T), once an agent has computed them.
+        returns: (B, T), likewise.
+        below: (B, S, d), what the policy's frozen lower blocks make of the tokens, where it has such blocks.
+        drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again
+            because the dtype is below float32.
+        group_size: samples of one prompt that stand next to each other.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    action_mask: Tensor
+    logprobs: Tensor
+    rewards: Tensor
+    scores: Tensor
+    stopped: Tensor
+    rows: list[Row] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    ref_logprobs: Tensor | None = None
+    allowed: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    below: Tensor | None = None
+    drift: float = 0.0
+    group_size: int = 1
+
+    def __len__(self) -> int:
+        """B, the number of episodes."""
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """The agent's tokens in the batch: its timesteps."""
+        return int(self.action_mask.sum())
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """(B,) int64: tokens from the first of the response to the agent's last."""
+        places = torch.arange(1, self.action_mask.shape[1] + 1, device=self.tokens.device)
+        return (self.action_mask * places).amax(1)
+
+    @property
+    def responses(self) -> Tensor:
+        """(B, T) int64: the response region, 0 outside the agent's tokens."""
+        columns = self.prompt_lengths[:, None] + torch.arange(self.action_mask.shape[1], device=self.tokens.device)
+        found = self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
+        return torch.where(self.action_mask, found, 0)
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the n agent tokens stand: rows (n,), the columns (n,) that predict them, the tokens (n,)."""
+        rows, steps = self.action_mask.nonzero(as_tuple=True)
+        columns = self.prompt_lengths[rows] + steps
+        return rows, columns - 1, self.tokens[rows, columns]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """(n,) numbers, one an agent token, back into (B, T), 0 elsewhere."""
+        out = flat.new_zeros(self.action_mask.shape)
+        return out.masked_scatter(self.action_mask, flat)
+
+    def select(self, indices: Tensor, group_size: int = 1) -> Rollout:
+        """The episodes with these indices, cut to the longest of them; `group_size` says how they belong together."""
+        lengths = (self.prompt_lengths + self.response_lengths)[indices]
+        width, steps = int(lengths.max()), max(1, int(self.response_lengths[indices].max()))
+        changes: dict[str, Any] = {"group_size": group_size}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                part = value[indices]
+                if each.name in ("tokens", "below"):
+                    part = part[:, :width]
+                elif part.ndim > 1:
+                    part = part[:, :steps]
+                changes[each.name] = part
+            elif isinstance(value, list):
+                changes[each.name] = [value[i] for i in indices.tolist()] if value else []
+        return replace(self, **changes)
+
+    def metrics(self) -> dict[str, float]:
+        """What the batch says about the policy, before any update; what is not known (NaN) is left out."""
+        lengths = self.action_mask.sum(1).float()
+        out = {
+            "rollout/score": self.scores.mean(),
+            "rollout/score_std": self.scores.std(unbiased=False),
+            "rollout/return": self.rewards.sum(1).mean(),
+            "rollout/response_length": lengths.mean(),
+            "rollout/stopped": self.stopped.float().mean(),
+            "rollout/surprisal": -masked_mean(self.logprobs, self.action_mask),
+        }
+        if self.ref_logprobs is not None:
+            out["rollout/kl_reference"] = (self.logprobs - self.ref_logprobs).sum(1).mean()
+        if self.drift:
+            out["rollout/logprob_drift"] = torch.tensor(self.drift)
+        return {key: float(value) for key, value in out.items() if not value.isnan()}
+
+
+def pad_responses(
+    prompts: Sequence[Sequence[int] | NDArray[np.int64]], responses: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays prompts and responses out as a `Rollout` does: tokens (B, S), prompt_lengths (B,), action_mask (B, T)."""
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    lengths = torch.tensor([len(r) for r in responses])
+    tokens = torch.zeros(len(prompts), int((prompt_lengths + lengths).max()), dtype=torch.int64)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = torch.tensor([*prompt, *response])
+        tokens[i, : len(ids)] = ids
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    return tokens.to(device), prompt_lengths.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def batched_logprobs(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int, masked: bool = False) -> Tensor:
+    """A policy's log-probabilities of whole responses, in batched forwards: (B, T) float32.
+
+    Args:
+        policy: any policy over the same tokens.
+        rollout: the responses.
+        tokens_at_once: bound on the tokens of one forward.
+        masked: whether the policy keeps inside the rollout's action masks (the reference does not).
+    """
+    out = torch.zeros_like(rollout.logprobs)
+    for part in microbatches(rollout, tokens_at_once):
+        batch = rollout.select(part)
+        rows, columns, targets = batch.places()
+        allowed = batch.allowed[batch.action_mask] if masked and batch.allowed is not None else None
+        logprobs, _ = policy.logprobs(policy.hidden(batch.tokens, rows, columns, batch.below), targets, allowed)
+        out[part, : batch.action_mask.shape[1]] = batch.spread(logprobs)
+    return out
+
+
+def lower_states(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> Tensor:
+    """What the policy's frozen lower blocks make of a rollout's tokens: (B, S, d)."""
+    batch, width = rollout.tokens.shape
+    dim: int = policy.model.config.get_text_config().hidden_size
+    out = torch.zeros(batch, width, dim, dtype=policy.model.dtype, device=policy.device)
+    for part in microbatches(rollout, tokens_at_once):
+        tokens = rollout.select(part).tokens
+        out[part, : tokens.shape[1]] = states_below(policy.model, tokens, policy.frozen_blocks)
+    return out
+
+
+def microbatches(rollout: Rollout, tokens_at_once: int, group_size: int = 1) -> list[Tensor]:
+    """Indices of the episodes, alike in length together, at most `tokens_at_once` tokens (padding too) a part.
+
+    Groups of `group_size` episodes next to each other stay whole; a part holds at least one.
+    """
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu().view(-1, group_size)  # (B/k, k)
+    members = torch.arange(lengths.numel()).view_as(lengths)
+    device = rollout.tokens.device
+    parts = alike(lengths.amax(1).tolist(), tokens_at_once, device, group_size)
+    return [members[part].flatten().to(device) for part in parts]
