@@ -98,7 +98,7 @@ class _Run:
 
     def __init__(self, config: RLHFConfig) -> None:
         self.config, self.folder = config, Path(config.log_dir)
-        self._seconds = self._claim()
+        self._seconds = self._found()
         source = config.model or str(fetch.smollm2())
         base = load_model(source)
         parameters = sum(p.numel() for p in base.parameters())
@@ -109,12 +109,16 @@ class _Run:
         self.ratings = load_ratings(("movie", "product"))
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
         print(self.about, flush=True)
+        if not (self.folder / RUN).exists():  # nothing is written before all is at hand
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
 
-    def _claim(self) -> dict[str, float]:
-        """Writes the settings into the folder, or checks that those there are the same; the seconds so far."""
-        file = self.folder / RUN
-        settings = dataclasses.asdict(self.config)
-        del settings["log_dir"]
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name != "log_dir"}
+
+    def _found(self) -> dict[str, float]:
+        """The seconds that each step of a run in the folder took, once its settings are seen to be the same."""
+        file, settings = self.folder / RUN, self._settings()
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
             changed = sorted(k for k in settings if found["config"].get(k) != settings[k])
@@ -124,8 +128,6 @@ class _Run:
                     " choose a new folder, or the same settings to go on"
                 )
             return dict(found["seconds"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(file, {"config": settings, "seconds": {}})
         return {}
 
     def step(self, number: int, step: Callable[[Path], None]) -> None:

@@ -75,7 +75,14 @@ BAD = {
     "--env is missing": ["train", "ppo"],
     "agent 'nowhere:X' cannot be imported": ["train", "nowhere:X", *COPY],
     "agent must be a subclass of textrl.Agent": ["train", "textrl.task:Task", *COPY],
-    "model 'no/such/folder' is neither a folder": ["train", "ppo", *COPY, "--model", "no/such/folder"],
+    "model must be a folder that exists, or a hub name; got 'no/such/folder'": [
+        "train",
+        "ppo",
+        *COPY,
+        "--model",
+        "no/such/folder",
+    ],
+    "model 'no/such' is neither a folder nor a hub name in reach": ["train", "ppo", *COPY, "--model", "no/such"],
     "kl_coef=0.1 needs a reference": ["train", "ppo", *COPY, "--kl-coef", "0.1"],
     "--total-timesteps must be at least 1; got 0": ["train", "ppo", *COPY, "--total-timesteps", "0"],
     "--env-arg must be NAME=VALUE; got 'length'": ["train", "ppo", *COPY, "--env-arg", "length"],
@@ -88,6 +95,7 @@ BAD = {
     "--keep must be at least 1; got 0": ["train", "ppo", *COPY, "--keep", "0"],
     "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],
     "minutes must be above 0; got 0.0": ["rlhf", "--minutes", "0"],
+    "model must be a folder that exists, or a hub name; got './absent'": ["rlhf", "--model", "./absent"],
 }
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .hub import check_source
 from .tabular import register_tabular
 
 if TYPE_CHECKING:
@@ -126,13 +127,12 @@ def load_model(
 
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     register_tabular()
+    check_source(name, "model")
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model {name!r} is neither a folder with a causal language model nor a hub name in reach ({first})"
-        ) from None
+        raise ValueError(f"model {name!r} holds no causal language model ({first})") from None
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .checkpoint import whole_folder
+from .hub import check_source
 from .logging import RunLog
 from .optim import Optimizer
 from .policy import alike, train_last_layers, trainable, value_model, values_at, without_dropout
@@ -76,6 +77,7 @@ class RewardModel:
         Raises:
             ValueError: for a folder that holds none.
         """
+        check_source(str(folder), "folder")
         try:
             model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))

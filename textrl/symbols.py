@@ -64,8 +64,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    from .hub import check_source
+
+    check_source(name, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever the loader and the network may raise
+    except Exception as error:  # whatever the loader may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"tokenizer {name!r} is neither a folder nor a hub name in reach ({reason})") from None
+        raise ValueError(f"tokenizer {name!r} holds no tokenizer ({reason})") from None

@@ -1,0 +1,33 @@
+"""Folders and hub names of models: whether one can be had, asked once and quickly before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SECONDS = 10
+"""The hub has this long to answer; transformers itself would retry for half a minute."""
+
+
+def check_source(name: str, what: str) -> None:
+    """Refuses what is neither a folder nor the name of a repository that is in the cache or that the hub knows.
+
+    Args:
+        name: folder or hub name.
+        what: the argument, for the message.
+
+    Raises:
+        ValueError: in one line.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or not name:
+        raise ValueError(f"{what} must be a folder that exists, or a hub name; got {name!r}")
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=SECONDS)
+    except Exception as error:  # whatever the client and the network may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} {name!r} is neither a folder nor a hub name in reach ({reason})") from None
