@@ -11,7 +11,7 @@ demo: $(VENV)/rlhf.done
 	$(BIN)/textrl rlhf $(ARGS)
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ wheel: $(VENV)/test.done
 	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch==2.13.0
 	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 		"$$(ls dist/*.whl)[test]"
-	cd tests && ../$(VENV)-wheel/bin/python -P -m pytest -c ../pyproject.toml --rootdir=. -m "not slow" .
+	cd tests && ../$(VENV)-wheel/bin/python -P -m pytest -n auto -c ../pyproject.toml --rootdir=. -m "not slow" .
 
 # torch first and by version: a ready CPU build is taken where one is offered.
 $(VENV)/base.done: $(SETUP)
