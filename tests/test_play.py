@@ -50,7 +50,7 @@ def test_typed_tokens_end_an_episode_and_are_kept(play, tmp_path):
     file = tmp_path / "mine.jsonl"
     code, out, err = play(*SMALL, "--save", file, "--seed", 3, typed="a\nb\n/end\n/new\nab\n/token 2\n")
     assert (code, err) == (0, "")
-    assert "a >> " not in out.splitlines()[0] and "token 1 of 3" in out and "policy says" in out
+    assert "token 1 of 3" in out
     assert "the end (stop): score" in out and "2 episodes saved" in out
     rows = read_rows(file).rows
     assert [row["completion_ids"] for row in rows] == [[1, 2, 0], [1, 2, 2]]
@@ -71,7 +71,7 @@ def test_a_step_back_is_as_if_it_had_not_been(play, tmp_path):
     file = tmp_path / "mine.jsonl"
     _, straight, _ = play(*SMALL, typed="ba\n")
     _, winding, _ = play(*SMALL, typed="a\n/back\nbbb\n/back 2\na\n")
-    assert winding.splitlines()[-8:-1] == straight.splitlines()[-8:-1]
+    assert winding.splitlines()[-7:-1] == straight.splitlines()[-7:-1]
     _, out, _ = play(*SMALL, "--save", file, typed="bbb\n/back\n/end\n/restart\n/end\n")
     assert [row["completion_ids"] for row in read_rows(file)] == [[2, 2, 0], [0]]  # what was taken back is gone
     assert len({row["prompt"] for row in read_rows(file)}) == 1 and out.count("token 1 of 3") == 2
@@ -91,15 +91,15 @@ def test_a_trained_run_shows_its_values_and_the_reference(play, trained):
     reference = ["--reference", trained / "final", "--kl-coef", 0.5]
     code, out, err = play("--run", trained, *reference, "--seed", 1, typed="a\n/go all\n")
     assert (code, err) == (0, "")
-    assert "reference says" in out and "#r1" in out and "shaded by value" in out
+    assert re.search(r"# +policy +p +reference's p +# +reference +p +policy's p", out) and "shaded by value" in out
     agent = PPO.load(trained / "final", textrl.TextVectorEnv(Copy(symbols="ab", length=2), 1))
     prompt = prompt_of(out)
     batch = given_rollout(agent.task, [agent.task.encode({"prompt": prompt}).tolist()], [[1]], agent.device)
     value = float(agent.value(batch)[0, 0])
     assert f"token 1 of 3, value {value:.3f}" in out
-    assert "KL to the reference 0.000" in out  # the policy is its own reference
-    for row in re.findall(r"^ *#\d +\S+ +([\d.]+) +([\d.]+) +#r", out, re.MULTILINE):
-        assert row[0] == row[1]
+    assert re.search(r"KL to the reference -?0\.000", out)  # the policy is its own reference
+    shares = re.findall(r"#\d +\S+ +([\d.]+) +([\d.]+) +#r", out)
+    assert len(shares) >= 6 and all(mine == theirs for mine, theirs in shares)
 
 
 def test_the_agent_draws_as_the_seed_says(play, trained, tmp_path):
@@ -109,8 +109,9 @@ def test_the_agent_draws_as_the_seed_says(play, trained, tmp_path):
 
 def test_masks_are_shown_and_the_policy_keeps_them(play):
     _, out, _ = play("textrl/Brackets-v0", typed="/go all\n" + "/new\n/go all\n" * 5)
-    assert "(not advised)" in out
-    assert all(float(score) > 0 for score in re.findall(r"score ([\d.]+)", out))  # inside the masks all is balanced
+    assert re.search(r"#\d  <end> ! +0", out)
+    scores = [float(score) for score in re.findall(r"score (\d(?:\.\d+)?)", out)]
+    assert len(scores) == 6 and min(scores) > 0  # inside the masks all is balanced
 
 
 def test_what_cannot_be_done_is_said_and_changes_nothing(play):
@@ -138,7 +139,7 @@ def test_more_text_than_room(play):
 
 def test_a_token_is_found_without_its_spaces(play):
     _, out, _ = play("textrl/Increasing-v0", typed="3\n")
-    assert "3  " in re.search(r">> (.*)\[", out)[0] and "token 2 of 5" in out
+    assert ">> 3   [reward +0.200" in out and "token 2 of 5" in out
     assert Increasing().vocab_size == 6
 
 

@@ -1,6 +1,7 @@
 """Pictures of episodes: what is told apart, what shades a token, and that a film can be made of them."""
 
 import re
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -188,20 +189,21 @@ def test_a_film_is_made(vector, tmp_path):
     pytest.importorskip("moviepy", reason="RecordVideo needs moviepy")
     import imageio.v3 as imageio
 
+    films = str(tmp_path / "films")
     if vector:
         env = vector_wrappers.RecordVideo(
-            gym.make_vec("textrl/Copy-v0", num_envs=4, render_mode="rgb_array"), str(tmp_path), disable_logger=True
+            gym.make_vec("textrl/Copy-v0", num_envs=4, render_mode="rgb_array"), films, disable_logger=True
         )
         env.reset(seed=0)
         while not env.step(np.ones(4, dtype=int))[2].any():
             pass
     else:
-        env = RecordVideo(gym.make("textrl/Copy-v0", render_mode="rgb_array"), str(tmp_path), disable_logger=True)
+        env = RecordVideo(gym.make("textrl/Copy-v0", render_mode="rgb_array"), films, disable_logger=True)
         env.reset(seed=0)
         while not env.step(1)[2]:
             pass
     env.close()
-    (film,) = tmp_path.glob("*.mp4")
+    (film,) = Path(films).glob("*.mp4")
     frames = np.stack(list(imageio.imiter(film)))  # (F, H, W, 3)
     assert len(frames) == 5  # the prompt and four tokens
     assert (np.abs(frames[0].astype(int) - frames[-1]).max(-1) > 60).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from .config import check
 from .policy import CausalPolicy
 from .render import ansi, escape, token_texts
-from .scores import shorten
 from .stepwise import StepwiseLM
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Board:
 
     def __init__(self, env: TextEnv, agent: Agent) -> None:
         self.env, self.task = env, env.task
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else 120
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
         self.voices = {"policy": agent.stepper}
         if env.reference is not None:
             reference = CausalPolicy(env.reference, self.task.vocab_size)
@@ -90,15 +91,18 @@ class Board:
         table = Table(box=None, header_style="bold", pad_edge=False)
         columns = []
         for name, top in self.tops.items():
-            texts = [shorten(escape(text))[1:-1] for text in token_texts(self.task, top)]
-            said = [text + ("" if allowed[t] else " (not advised)") for text, t in zip(texts, top, strict=True)]
+            texts = [_named(text) for text in token_texts(self.task, top)]
+            said = [text + ("" if allowed[t] else " !") for text, t in zip(texts, top, strict=True)]
             columns += [
                 ("#", [f"#{name[0] if name != 'policy' else ''}{i + 1}" for i in range(len(top))]),
-                (f"{name} says", said),
-                *((f"{other} p", [f"{each[t]:.3f}" for t in top]) for other, each in self._first(shares, name)),
+                (name, said),
+                *(
+                    ("p" if other == name else f"{other}'s p", [f"{each[t]:.3f}" for t in top])
+                    for other, each in self._first(shares, name)
+                ),
             ]
         for heading, _ in columns:
-            table.add_column(heading, justify="left" if heading.endswith("says") else "right", no_wrap=True)
+            table.add_column(heading, justify="left" if heading in self.voices else "right", no_wrap=True)
         for cells in zip(*(cells for _, cells in columns), strict=True):
             table.add_row(*map(Text, cells))
         self.console.print(table)
@@ -106,3 +110,9 @@ class Board:
     @staticmethod
     def _first(shares: Mapping[str, Tensor], name: str) -> list[tuple[str, Tensor]]:
         return sorted(shares.items(), key=lambda item: item[0] != name)
+
+
+def _named(text: str) -> str:
+    """A token's text for a list: in quotes where its edges would not be seen."""
+    shown = escape(text)[:40]
+    return shown if shown.strip() == shown != "" else f"'{shown}'"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 TEXT         write it, token by token (/say TEXT for one that begins with # or /)
-#3  #r3      the third token of the policy's list, of the reference's
+#3  #r3      the third token of the policy's list, of the reference's (!: the task advises against it)
 /token ID    the token with this id
 /end         the end token
 /go [N]      the policy draws N tokens (default 1; /go all: to the end)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RENDER_MODES = ["ansi", "human", "rgb_array"]
 COLUMNS, LINES, SCALE = 64, 8, 2
+CONTROLS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's categories of characters that a terminal does not just show."""
 END, SEAM = "<end>", " >> "
 """How the end token is shown, and what stands between prompt and response."""
 CELL = (10, 6)
@@ -103,8 +105,8 @@ def token_texts(task: Task, tokens: Sequence[int]) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """The text with every control, format and unassigned character written out, so that it cannot move a cursor."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else _written_out(c) for c in text)
+    """The text with every control, format, line-breaking and unassigned character written out: none moves a cursor."""
+    return "".join(_written_out(c) if unicodedata.category(c) in CONTROLS else c for c in text)
 
 
 def _written_out(character: str) -> str:
