@@ -51,7 +51,7 @@ def test_typed_tokens_end_an_episode_and_are_kept(play, tmp_path):
     code, out, err = play(*SMALL, "--save", file, "--seed", 3, typed="a\nb\n/end\n/new\nab\n/token 2\n")
     assert (code, err) == (0, "")
     assert "token 1 of 3" in out
-    assert "the end (stop): score" in out and "2 episodes saved" in out
+    assert "the end (stop): score" in out and f"episodes saved to {file}: 2" in out
     rows = read_rows(file).rows
     assert [row["completion_ids"] for row in rows] == [[1, 2, 0], [1, 2, 2]]
     task = Copy(symbols="ab", length=2)
@@ -95,7 +95,7 @@ def test_a_trained_run_shows_its_values_and_the_reference(play, trained):
     agent = PPO.load(trained / "final", textrl.TextVectorEnv(Copy(symbols="ab", length=2), 1))
     prompt = prompt_of(out)
     batch = given_rollout(agent.task, [agent.task.encode({"prompt": prompt}).tolist()], [[1]], agent.device)
-    value = float(agent.value(batch)[0, 0])
+    value = float(agent.value(batch)[0, 0].detach())
     assert f"token 1 of 3, value {value:.3f}" in out
     assert re.search(r"KL to the reference -?0\.000", out)  # the policy is its own reference
     shares = re.findall(r"#\d +\S+ +([\d.]+) +([\d.]+) +#r", out)
@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(play):
     ):
         assert said in out
     assert out.count("the episode has ended") == 2 and "never" not in out
-    assert "token 2 of 3" not in out and "1 episodes finished" in out
+    assert "token 2 of 3" not in out and "episodes finished: 1" in out
 
 
 def test_more_text_than_room(play):

@@ -64,7 +64,7 @@ def play_episodes(options: argparse.Namespace) -> None:
         session.run(typed_lines(sys.stdin))
     finally:
         session.settle()
-        session.board.say(f"{session.saved} episodes saved to {save}" if save else f"{session.saved} episodes finished")
+        session.board.say(f"episodes {f'saved to {save}' if save else 'finished'}: {session.saved}")
 
 
 def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
