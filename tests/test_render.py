@@ -216,3 +216,4 @@ def test_traces_of_what_is_not_known():
     trace.add(0.25, np.float32(1.0), 0.75)
     assert trace.shading() == ([0.5, 0.25], "reward")
     assert Picture.of(Text(), "p", [35, 0], trace).pieces == ["B", "<end>"]
+    assert Picture.of(Text(), "p", [35, 35, 0], trace).numbers == [0.0, 0.5, 0.25]  # the first is older than the trace

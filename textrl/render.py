@@ -90,7 +90,8 @@ class Picture:
     def of(cls, task: Task, prompt: str, response: Sequence[int], trace: Trace) -> Picture:
         """The picture of a response given as token ids."""
         numbers, meaning = trace.shading()
-        return cls(prompt, token_texts(task, response), list(numbers), meaning, sum(trace.rewards))
+        unknown = [0.0] * (len(response) - len(numbers))  # tokens from before a run was resumed
+        return cls(prompt, token_texts(task, response), unknown + numbers, meaning, sum(trace.rewards))
 
     def shades(self) -> list[float]:
         """Each number from -1 to 1, as a share of the largest in size."""
