@@ -79,8 +79,6 @@ def test_our_own_envs_start_nothing(vector, nothing_left):
 @pytest.mark.slow
 def test_memory_does_not_grow_over_a_million_steps():
     script = ROOT / "benchmarks" / "env_memory.py"
-    if not script.exists():
-        pytest.skip("benchmarks/ is not beside the tests")
     command = [sys.executable, str(script), "--steps", "1000000", "--rows"]
     kib = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout)["KiB"]
     assert all(each["grown"] < 1024 for each in kib.values()), kib
