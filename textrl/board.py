@@ -89,7 +89,7 @@ class Board:
         """The most probable tokens of each voice, with what the other gives them."""
         allowed = self.env.action_masks()
         table = Table(box=None, header_style="bold", pad_edge=False)
-        columns = []
+        columns: list[tuple[str, list[str]]] = []
         for name, top in self.tops.items():
             texts = [_named(text) for text in token_texts(self.task, top)]
             said = [text + ("" if allowed[t] else " !") for text, t in zip(texts, top, strict=True)]

@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -165,8 +165,8 @@ class Session:
             self.take(self.board.listed(line[1:].strip()))
         elif line.startswith("/"):
             name, _, argument = line[1:].partition(" ")
-            commands = {
-                "say": self.write, "token": self.token, "end": lambda _: self.take(self.task.eos_token_id),
+            commands: dict[str, Callable[[str], None]] = {
+                "say": self.write, "token": self.token, "end": self.end,
                 "go": self.go, "back": self.back, "restart": self.restart, "new": self.new,
             }  # fmt: skip
             if name == "help":
@@ -197,6 +197,10 @@ class Session:
         right = f"an id from 0 to {self.task.vocab_size - 1}"
         check("/token", argument, argument.isdecimal() and int(argument) < self.task.vocab_size, right)
         self.take(int(argument))
+
+    def end(self, _: str = "") -> None:
+        """Appends the end token."""
+        self.take(self.task.eos_token_id)
 
     def write(self, text: str) -> None:
         """Appends the tokens of a text, as far as there is room."""
