@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 
 import gymnasium as gym
@@ -185,6 +186,8 @@ def test_the_stated_optimum_is_the_exact_one(id):
     if cls.best_score is None:
         assert "not known" in cls.__doc__ or "nothing by itself" in cls.__doc__
         return
+    stated = re.search(r"Optimum:.*?(\d+(\.\d+)?)", cls.__doc__, re.DOTALL)
+    assert float(stated[1]) == cls.best_score
     task = cls()
     assert task.vocab_size**task.max_new_tokens <= 100_000
     assert textrl.solve(task).score == pytest.approx(cls.best_score, abs=1e-9)

@@ -17,6 +17,7 @@ CASES = {
     "maskable_ppo": ("sb3_contrib", 1_024, 0.8),
     "tianshou_dqn": ("tianshou", 1, 0.3),
     "torchrl_env": ("torchrl", None, 0.05),
+    "rllib_ppo": ("ray", 6, 0.6),
 }
 
 

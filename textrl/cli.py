@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | play | rlhf`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import Parser, agent_class, check_env_id, parse_config, parse_env_args
+from .flags import RUN, Parser, agent_class, check_env_id, parse_config, parse_env_args
 from .listing import list_agents, list_envs
+from .play import play_parser
 from .render import escape
 
 if TYPE_CHECKING:
     from .agent import Agent
-
-RUN = "run.json"
-"""In a run's folder: which agent, environment and seed it was."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,13 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=12345, help="of prompts and samples (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=evaluate_run)
+    play_parser(commands)
     _rlhf_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     try:
         if rest and options.command not in ("train", "rlhf"):
             raise ValueError(f"unknown argument {rest[0]!r}; see textrl {options.command} --help")
         options.rest = rest
-        if options.command in ("train", "evaluate", "rlhf"):
+        if options.command in ("train", "evaluate", "play", "rlhf"):
             quiet_libraries()
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
@@ -208,19 +207,12 @@ def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
     from .policy import few_threads
     from .rollout import collect_sampled
+    from .trained import read_run, trained_agent
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    try:
-        run = json.loads((folder / RUN).read_text())
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if not (folder / "final").is_dir():
-        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
-    env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
-    cls = agent_class(run["agent"])
-    agent = load_for_evaluation(cls, folder / "final", env, options.seed)
+    agent = trained_agent(folder, read_run(folder), options.seed)
     with few_threads(agent.model):
         rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
@@ -234,17 +226,6 @@ def evaluate_run(options: argparse.Namespace) -> None:
         return
     for key, value in out.items():
         print(f"{key:<22} {value:.4g}")
-
-
-def load_for_evaluation(cls: type[Agent], folder: Path, env: Any, seed: int) -> Agent:
-    """The saved policy under the plain `Agent`: what an agent needs only to learn is left on disk."""
-    from .agent import Agent
-    from .checkpoint import read_manifest
-
-    manifest = read_manifest(folder)
-    if manifest["agent"] != cls.__name__:
-        raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
-    return Agent(env, str(folder), seed=seed, dtype=manifest["config"]["dtype"])
 
 
 # ---- rlhf ----------------------------------------------------------------------------------------------------

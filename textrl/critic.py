@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .offline import given_rollout
 from .policy import CausalPolicy, train_last_layers, value_model, values_at
 from .returns import masked_mean
 from .rollout import Rollout, microbatches
 from .trunk import same_blocks
+
+if TYPE_CHECKING:
+    from .agent import Agent
 
 
 class Critic:
@@ -50,3 +57,23 @@ def batched_values(critic: Callable[[Rollout], Tensor], rollout: Rollout, tokens
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Half the masked mean of the squared error: (B, T) three times -> ()."""
     return 0.5 * masked_mean((values - returns) ** 2, mask)
+
+
+def state_values(agent: Agent) -> Callable[[NDArray[np.int64]], NDArray[np.float32]] | None:
+    """An agent's critic as a function of states, observations (B, L) -> (B,); None for an agent without one.
+
+    `env.unwrapped.value = state_values(agent)` shades the tokens of the environment's pictures by it.
+    """
+    critic: Callable[[Rollout], Tensor] | None = getattr(agent, "value", None)
+    if critic is None:
+        return None
+
+    @torch.no_grad()
+    def values(observations: NDArray[np.int64]) -> NDArray[np.float32]:
+        written = [row[row != agent.task.vocab_size].tolist() for row in observations]
+        anything = [[agent.task.eos_token_id]] * len(written)  # a critic speaks of the state before a token
+        batch = given_rollout(agent.task, written, anything, agent.device)
+        found: NDArray[np.float32] = critic(batch)[:, 0].cpu().numpy()
+        return found
+
+    return values

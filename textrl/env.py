@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_action, check_penalty, check_render_mode, chosen_row
-from .render import RENDER_MODES, Picture, draw, show
+from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStream
 from .task import Row, Task
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Policy = Callable[[NDArray[np.int64]], Any]
 """observations (B, L) int64 -> next-token logits (B, V), a tensor or an array."""
+
+Value = Callable[[NDArray[np.int64]], Any]
+"""observations (B, L) int64 -> values of these states (B,), a tensor or an array."""
 
 Info = dict[str, Any]
 
@@ -36,6 +39,7 @@ class Snapshot:
     ended: bool
     rewards: tuple[float, ...]
     kls: tuple[float, ...]
+    values: tuple[float, ...] = ()
 
 
 def observation_space(task: Task) -> Any:
@@ -60,6 +64,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     Attributes:
         policy: None, or a callable observations (B, L) int64 -> logits (B, V).
+        value: None, or a callable observations (B, L) int64 -> values (B,), for pictures: `critic.state_values(agent)`.
         kl_coef: may be changed between steps (an adaptive coefficient).
     """
 
@@ -84,6 +89,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self.temperature = float(temperature)
         self.render_mode = render_mode
         self.policy: Policy | None = None
+        self.value: Value | None = None
         self.observation_space = observation_space(task)
         self.action_space = gym.spaces.Discrete(task.vocab_size)
         self.reference: PreTrainedModel | None = None
@@ -100,8 +106,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self._tokens = self._blank
         self._prompt_length = self._length = 0
         self._ended: bool | None = None  # None: never reset
-        self._rewards: list[float] = []
-        self._kls: list[float] = []
+        self._trace = Trace()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -129,7 +134,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self._tokens[: len(ids)] = ids
         self._prompt_length = self._length = len(ids)
         self._ended = False
-        self._rewards, self._kls = [], []
+        self._trace = Trace()
         if self.render_mode == "human":
             show([self.picture()])
         return self._tokens.copy(), self._mask_info() if self._masked else {}
@@ -155,7 +160,9 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         task = self.task
         token = check_action(action, task.vocab_size)
         info: Info = {}
-        reward = 0.0
+        reward, value = 0.0, None
+        if self.value is not None and self.render_mode is not None:
+            value = self.value(self._tokens[None].copy())[0]
         if self._ref_logits is not None:
             reward += self._penalty(token, info)
         self._tokens[self._length] = token
@@ -171,7 +178,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
                 reward += self._token_score()
             if self._masked:
                 info.update(self._mask_info())
-        self._rewards.append(reward)
+        self._trace.add(reward, info.get("kl"), value)
         if self.render_mode == "human":
             show([self.picture()])
         return self._tokens.copy(), reward, terminated, False, info
@@ -185,7 +192,6 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         if self.policy is None:
             return self.kl_coef * float(ref_logprob)
         info["kl"] = chosen_logprobs(self.policy(observation), [token], self.temperature)[0] - ref_logprob
-        self._kls.append(float(info["kl"]))
         return -self.kl_coef * float(info["kl"])
 
     def _response(self) -> list[int]:
@@ -221,8 +227,9 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             prompt_length=self._prompt_length,
             length=self._length,
             ended=self._ended,
-            rewards=tuple(self._rewards),
-            kls=tuple(self._kls),
+            rewards=tuple(self._trace.rewards),
+            kls=tuple(self._trace.kls),
+            values=tuple(self._trace.values),
         )
 
     def restore(self, snapshot: Snapshot) -> NDArray[np.int64]:
@@ -233,15 +240,13 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             )
         self._row, self._tokens = dict(snapshot.row), snapshot.tokens.copy()
         self._prompt_length, self._length = snapshot.prompt_length, snapshot.length
-        self._ended, self._rewards, self._kls = snapshot.ended, list(snapshot.rewards), list(snapshot.kls)
+        self._ended = snapshot.ended
+        self._trace = Trace(list(snapshot.rewards), list(snapshot.kls), list(snapshot.values))
         return self._tokens.copy()
 
     def picture(self) -> Picture:
-        """The episode as it stands, for the renderers: each token with its KL where known, else its reward."""
-        prompt = self._row.get("prompt", "")
-        if self._kls:
-            return Picture.of(self.task, prompt, self._response(), self._kls, "kl", sum(self._rewards))
-        return Picture.of(self.task, prompt, self._response(), self._rewards, "reward", sum(self._rewards))
+        """The episode as it stands, for the renderers."""
+        return Picture.of(self.task, self._row.get("prompt", ""), self._response(), self._trace)
 
     def render(self) -> Any:
         """The prompt and the response so far: a string ("ansi") or an image (H, W, 3) uint8 ("rgb_array").

@@ -188,7 +188,7 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
 def read_logged(file: str | Path, skip_bad_rows: bool = False) -> Rows:
     """The episodes of a JSON (lines), CSV or Parquet file."""
     columns = ("score", "logprobs", "completion_ids")
-    return read_rows(file, ["prompt"], numbers=columns, skip_bad_rows=skip_bad_rows, called="dataset")
+    return read_rows(file, numbers=columns, skip_bad_rows=skip_bad_rows, called="dataset")
 
 
 def _logged_row(task: Task, row: Mapping[str, Any]) -> tuple[list[int], float | None, list[float] | None]:

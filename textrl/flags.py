@@ -18,6 +18,9 @@ from .registration import registered
 if TYPE_CHECKING:
     from .agent import Agent
 
+RUN = "run.json"
+"""In a run's folder: which agent, environment and seed it was."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 RENDER_MODES = ["ansi", "human", "rgb_array"]
 COLUMNS, LINES, SCALE = 64, 8, 2
+CONTROLS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's categories of characters that a terminal does not just show."""
+END, SEAM = "<end>", " >> "
+"""How the end token is shown, and what stands between prompt and response."""
 CELL = (10, 6)
 """Pixels of one character before scaling: height, width."""
 
@@ -34,6 +38,36 @@ GLYPHS = (
 """A 5 x 7 font for the characters 32 to 126, five columns of a byte each, the top pixel in the lowest bit."""
 
 
+@dataclass
+class Trace:
+    """What is known of each token of an episode.
+
+    Attributes:
+        rewards: what it was paid.
+        kls: `log pi - log pi_ref`, where a policy is attached and there is a reference.
+        values: of the state it was said in, where an agent's values are attached.
+    """
+
+    rewards: list[float] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, reward: float, kl: Any = None, value: Any = None) -> None:
+        """One more token; None for what is not known of it."""
+        self.rewards.append(reward)
+        if kl is not None:
+            self.kls.append(float(kl))
+        if value is not None:
+            self.values.append(float(value))
+
+    def shading(self) -> tuple[list[float], str]:
+        """The numbers that tokens are shaded by: values or else KLs where all tokens have one, else rewards."""
+        for numbers, meaning in ((self.values, "value"), (self.kls, "kl")):
+            if numbers and len(numbers) == len(self.rewards):
+                return numbers, meaning
+        return self.rewards, "reward"
+
+
 @dataclass(frozen=True)
 class Picture:
     """What is drawn: a prompt, the pieces of a response, and a number for each of them.
@@ -41,7 +75,7 @@ class Picture:
     Attributes:
         prompt: as it was given.
         pieces: the text of each token; the end token is "<end>".
-        numbers: one a piece: its reward, its KL, or a value.
+        numbers: one a piece: its reward, its KL, or the value of the state it was said in.
         meaning: which of these.
         total: the reward so far.
     """
@@ -53,13 +87,11 @@ class Picture:
     total: float
 
     @classmethod
-    def of(
-        cls, task: Task, prompt: str, response: Sequence[int], numbers: Sequence[float], meaning: str, total: float
-    ) -> Picture:
+    def of(cls, task: Task, prompt: str, response: Sequence[int], trace: Trace) -> Picture:
         """The picture of a response given as token ids."""
-        pieces = task.decode([[token] for token in response]) if response else []
-        pieces = ["<end>" if token == task.eos_token_id else p for token, p in zip(response, pieces, strict=True)]
-        return cls(prompt, pieces, list(numbers), meaning, total)
+        numbers, meaning = trace.shading()
+        unknown = [0.0] * (len(response) - len(numbers))  # tokens from before a run was resumed
+        return cls(prompt, token_texts(task, response), unknown + numbers, meaning, sum(trace.rewards))
 
     def shades(self) -> list[float]:
         """Each number from -1 to 1, as a share of the largest in size."""
@@ -67,9 +99,15 @@ class Picture:
         return [x / largest for x in self.numbers]
 
 
+def token_texts(task: Task, tokens: Sequence[int]) -> list[str]:
+    """The text of each token by itself; the end token is "<end>"."""
+    texts = task.decode([[token] for token in tokens]) if len(tokens) else []
+    return [END if token == task.eos_token_id else text for token, text in zip(tokens, texts, strict=True)]
+
+
 def escape(text: str) -> str:
-    """The text with every control, format and unassigned character written out, so that it cannot move a cursor."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else _written_out(c) for c in text)
+    """The text with every control, format, line-breaking and unassigned character written out: none moves a cursor."""
+    return "".join(_written_out(c) if unicodedata.category(c) in CONTROLS else c for c in text)
 
 
 def _written_out(character: str) -> str:
@@ -87,17 +125,18 @@ def colour(shade: float, meaning: str) -> tuple[int, int, int]:
 
 
 def ansi(picture: Picture) -> str:
-    """One line: the prompt in bold, a bar, and each token on a background shaded by its number."""
+    """One line: the prompt in bold, each token on a background shaded by its number, and the reward so far."""
     tokens = []
     for piece, shade in zip(picture.pieces, picture.shades(), strict=True):
         red, green, blue = colour(shade, picture.meaning)
         tokens.append(f"\x1b[97;48;2;{red};{green};{blue}m{escape(piece)}\x1b[0m")
-    return f"\x1b[1m{escape(picture.prompt)}\x1b[0m | {''.join(tokens)}  [{picture.total:+.3f}]"
+    said = f"[reward {picture.total:+.3f}, shaded by {picture.meaning}]"
+    return f"\x1b[1m{escape(picture.prompt)}\x1b[0m{SEAM}{''.join(tokens)}  {said}"
 
 
 def frame(picture: Picture) -> NDArray[np.uint8]:
     """The same as an image: (H, W, 3), always of one size, the newest lines where not all fit."""
-    cells = [(c, (30, 30, 30), (255, 255, 190)) for c in escape(picture.prompt) + " | "]
+    cells = [(c, (30, 30, 30), (255, 255, 190)) for c in escape(picture.prompt) + SEAM]
     for piece, shade in zip(picture.pieces, picture.shades(), strict=True):
         cells += [(c, (255, 255, 255), colour(shade, picture.meaning)) for c in escape(piece)]
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)][-(LINES - 1) :]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from .arguments import as_autoreset_mode, check_actions, check_num_envs, check_penalty, check_render_mode, chosen_row
 from .arguments import reset_mask as rows_to_reset
-from .env import Info, Policy, chosen_logprobs, observation_space
+from .env import Info, Policy, Value, chosen_logprobs, observation_space
 from .outcomes import Outcomes
-from .render import RENDER_MODES, Picture, draw, show
+from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStreams
 from .task import Row, Task
 
@@ -68,6 +68,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self.autoreset_mode = as_autoreset_mode(autoreset_mode)
         self.metadata = {**copy(type(self).metadata), "autoreset_mode": self.autoreset_mode}
         self.policy: Policy | None = None
+        self.value: Value | None = None  # of states, for pictures, as in `TextEnv`
         self.single_observation_space = observation_space(task)
         self.single_action_space = gym.spaces.Discrete(task.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -90,7 +91,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._rows: NDArray[Any] = np.full(n, None, dtype=object)  # (N,) rows of the task
         self._streams: RowStreams | None = None
         self._masked = task.masked
-        self._rewards = np.zeros((n, task.max_new_tokens))  # (N, T), kept for pictures where there is a render mode
+        self._traces = [Trace() for _ in range(n)]  # for pictures, kept where there is a render mode
 
     @property
     def _tokens(self) -> NDArray[np.int64]:
@@ -150,7 +151,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._outcomes.start(indices, which)
         self._ended[indices] = False
         if self.render_mode is not None:
-            self._rewards[indices] = 0
+            for i in indices.tolist():
+                self._traces[i] = Trace()
 
     # ---- step -----------------------------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if len(again) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise AssertionError(f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}")
         rewards = np.zeros(self.num_envs)
+        values = None if self.value is None or self.render_mode is None else self.value(self._tokens.copy())
         infos: Info = {}
         if self._ref_logits is not None and len(again) < self.num_envs:
             self._penalties(actions, rewards, infos)
@@ -195,7 +198,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if self.task.token_scores is not False:
             self._token_scores(~ended, rewards)
         if self.render_mode is not None:
-            self._picture(rewards)
+            self._trace(rewards, infos.get("kl"), values)
         if len(over) and self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._into_final(infos, final, ended)
             self._restart(over)
@@ -276,16 +279,15 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """The episodes as they stand, for the renderers."""
         rows, responses = self._episodes(np.arange(self.num_envs))
         return [
-            Picture.of(self.task, row["prompt"] if row else "", ids, rewards[: len(ids)].tolist(), "reward", total)
-            for row, ids, rewards, total in zip(
-                rows, responses, self._rewards, self._rewards.sum(1).tolist(), strict=True
-            )
+            Picture.of(self.task, row["prompt"] if row else "", ids, trace)
+            for row, ids, trace in zip(rows, responses, self._traces, strict=True)
         ]
 
-    def _picture(self, rewards: NDArray[np.float64]) -> None:
-        """Keeps the rewards (N,) of a step for the renderers."""
-        written = (self._places > self._starts).nonzero()[0]
-        self._rewards[written, (self._places - self._starts)[written] - 1] = rewards[written]
+    def _trace(self, rewards: NDArray[np.float64], kls: Any, values: Any) -> None:
+        """Keeps what a step brought, (N,) each or None, for the renderers."""
+        for i in (self._places > self._starts).nonzero()[0].tolist():
+            kl, value = None if kls is None else kls[i], None if values is None else values[i]
+            self._traces[i].add(float(rewards[i]), kl, value)
         self._show()
 
     def _show(self) -> None:

@@ -1,0 +1,49 @@
+"""The agent that a `textrl train` left in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from .agent import Agent
+from .checkpoint import read_manifest
+from .flags import RUN, agent_class, check_env_id
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a finished run was: its agent, environment, model and seed.
+
+    Raises:
+        ValueError: for a folder that holds no run, or one that has not ended.
+    """
+    try:
+        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    if "agent" not in run:
+        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    if not (folder / "final").is_dir():
+        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
+    return run
+
+
+def trained_agent(folder: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
+    """The policy of a finished run, under the plain `Agent`: what an agent needs only to learn is left on disk.
+
+    Args:
+        folder: of the run.
+        run: what `read_run` says of it.
+        seed: of prompts and samples.
+        critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
+    """
+    cls, final = agent_class(run["agent"]), folder / "final"
+    env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
+    manifest = read_manifest(final)
+    if critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"]):
+        return cls.load(final, env, seed=seed)
+    if manifest["agent"] != cls.__name__:
+        raise ValueError(f"folder {str(final)!r} holds a {manifest['agent']}, not a {cls.__name__}")
+    return Agent(env, str(final), seed=seed, dtype=manifest["config"]["dtype"])
