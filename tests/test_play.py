@@ -174,7 +174,7 @@ BAD = {
     "RUN must be the --log-dir of a textrl train": [*SMALL, "--run", "absent"],
     "--model must be left out with --run": [*SMALL, "--run", "absent", "--model", "x"],
     "kl_coef=0.1 needs a reference": [*SMALL, "--kl-coef", "0.1"],
-    "model 'no/such/folder' is neither": [*SMALL, "--model", "no/such/folder"],
+    "model must be a folder that exists": [*SMALL, "--model", "no/such/folder"],
 }
 
 
