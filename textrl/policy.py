@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .adapters import CONFIG, load_adapted, plain_module
 from .flat import flat_of, states_at
 from .tabular import register_tabular
 from .trunk import states_above
@@ -118,6 +119,7 @@ def load_model(
     Raises:
         ValueError: for a folder or name that holds no causal language model, or a vocabulary too small.
     """
+    model = plain_module(model)
     if isinstance(model, (str, Path)):
         model = _from_pretrained(str(model), dtype)
     elif not isinstance(model, nn.Module):
@@ -132,6 +134,8 @@ def load_model(
 
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     register_tabular()
+    if (Path(name) / CONFIG).is_file():
+        return load_adapted(Path(name))
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
