@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | collect | ope | rlhf`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import Parser, agent_class, check_env_id, parse_config, parse_env_args
+from . import logged
+from .files import is_file_name
+from .flags import RUN, Parser, agent_class, check_env_id, parse_config, parse_env_args, read_run
 from .listing import list_agents, list_envs
 from .render import escape
 
 if TYPE_CHECKING:
     from .agent import Agent
-
-RUN = "run.json"
-"""In a run's folder: which agent, environment and seed it was."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,13 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=12345, help="of prompts and samples (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=evaluate_run)
+    logged.add_parsers(commands)
     _rlhf_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     try:
         if rest and options.command not in ("train", "rlhf"):
             raise ValueError(f"unknown argument {rest[0]!r}; see textrl {options.command} --help")
         options.rest = rest
-        if options.command in ("train", "evaluate", "rlhf"):
+        if options.command not in ("envs", "agents"):
             quiet_libraries()
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
@@ -106,7 +106,9 @@ def _train_parser(commands: Any) -> None:
     train.add_argument(
         "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
     )
-    train.add_argument("--dataset", metavar="FILE", help="json, jsonl, csv or parquet, for agents that learn from one")
+    train.add_argument(
+        "--dataset", metavar="FILE", help="json, jsonl, csv, parquet or what textrl collect wrote, to learn from"
+    )
     train.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of these files out, and list them")
     train.add_argument("--total-timesteps", type=int, default=50_000, help="tokens (default: %(default)s)")
     train.add_argument("--log-dir", metavar="RUN", help="where logs and the agent go (default: runs/ENV-AGENT-SEED)")
@@ -153,7 +155,7 @@ def train_agent(options: argparse.Namespace) -> None:
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "model": options.model,
-        "dataset": options.dataset and str(Path(options.dataset).resolve()),
+        "dataset": named(options.dataset),
         "skip_bad_rows": options.skip_bad_rows,
         "total_timesteps": options.total_timesteps,
         "checkpoint_every": options.checkpoint_every or max(1, options.total_timesteps // 10),
@@ -163,6 +165,11 @@ def train_agent(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, run)
     finish_run(agent, run, folder, options.quiet)
+
+
+def named(dataset: str | None) -> str | None:
+    """A file or folder by its whole path, so that a run can be resumed from anywhere; a Minari id as it is."""
+    return str(Path(dataset).resolve()) if dataset and (Path(dataset).exists() or is_file_name(dataset)) else dataset
 
 
 def make_agent(run: dict[str, Any]) -> Agent:
@@ -211,16 +218,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
-    folder = Path(options.folder)
-    try:
-        run = json.loads((folder / RUN).read_text())
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if not (folder / "final").is_dir():
-        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
+    run, final = read_run(Path(options.folder))
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
     cls = agent_class(run["agent"])
-    agent = load_for_evaluation(cls, folder / "final", env, options.seed)
+    agent = load_for_evaluation(cls, final, env, options.seed)
     with few_threads(agent.model):
         rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
