@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# d3rlpy asks for an old Gymnasium but runs with this one (examples/d3rlpy_cql.py): pip is not asked what it wants.
+D3RLPY := d3rlpy gym gym-notices
 SETUP := pyproject.toml constraints.txt
 
 .PHONY: demo test lint types wheel clean
@@ -42,6 +44,8 @@ $(VENV)/rlhf.done: $(VENV)/base.done
 
 $(VENV)/test.done: $(VENV)/base.done
 	$(PIP) --editable ".[test]"
+	$(PIP) colorama dataclasses-json scikit-learn structlog
+	$(PIP) --no-deps $(D3RLPY)
 	touch $@
 
 clean:

@@ -8,14 +8,13 @@ clip has the same policy gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, allowed_at, check
-from textrl.critic import Critic, batched_values, value_loss
-from textrl.returns import explained_variance, gae, whiten
+from textrl.critic import Critic, value_loss, with_advantages
 from textrl.rollout import Rollout
 
 from .reinforce import policy_gradient_loss
@@ -51,13 +50,11 @@ class A2C(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step of actor and critic."""
-        config, mask = self.config, rollout.action_mask
-        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
-        advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        numbers = self.minimise(self._loss, replace(rollout, advantages=advantages, returns=returns))
-        numbers["explained_variance"] = explained_variance(values, returns, mask)
+        config, at_once = self.config, self.config.max_tokens_per_microbatch
+        estimator = (config.gamma, config.gae_lambda, config.whiten_advantages)
+        rollout, known = with_advantages(rollout, self.value, at_once, *estimator)
+        numbers = self.minimise(self._loss, rollout)
+        numbers["explained_variance"] = known
         return {f"train/{key}": value for key, value in numbers.items()}
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.episodes import as_episodes, read_logged
-from textrl.files import is_file_name
+from textrl.episodes import as_episodes, logged_source, take_in
 from textrl.offline import Epochs, prompt_groups
-from textrl.policy import CausalPolicy
 from textrl.returns import masked_mean
-from textrl.rollout import Rollout, batched_logprobs
+from textrl.rollout import Rollout
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -121,21 +119,14 @@ class BPO(Agent):
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
         """The logged episodes of a file; a Minari dataset's folder is read later."""
-        return read_logged(file, skip_bad_rows) if is_file_name(file) else str(file)
+        return logged_source(file, skip_bad_rows)
 
     def _read(self, logged: Rollout) -> None:
         """Takes the logged episodes in: the reference's opinion of them, and how often each is to be drawn."""
         known = not bool(logged.logprobs.isnan().any())
         tis = self.config.weighting == "tis"
         check("dataset", "rows without them", known or not tis, 'episodes with logged log-probabilities for "tis"')
-        bad = bool(logged.scores.isnan().any())
-        check("dataset", "episodes without scores", not bad, "episodes whose scores are known")
-        if self.base.reference is not None:
-            reference = CausalPolicy(self.base.reference, self.task.vocab_size, self.base.temperature)
-            logged.ref_logprobs = batched_logprobs(reference, logged, self.config.max_tokens_per_microbatch)
-        returns = logged.scores
-        if known and logged.ref_logprobs is not None:
-            returns = returns - self.base.kl_coef * (logged.logprobs - logged.ref_logprobs).sum(1)
+        returns = take_in(logged, self.base, self.config.max_tokens_per_microbatch)
         groups = prompt_groups(logged)
         weights = torch.ones(len(logged), dtype=torch.float64)
         if self.config.weighting == "awr":

@@ -7,11 +7,14 @@
 y_w is the chosen response, y_l the rejected one, eps the label smoothing; log pi of a response is the sum over its
 tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sigmoid loss is
 pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
+Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: a tenth of the pairs is held out,
+and `learn` ends with the weights that did best on them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,7 @@ from textrl.files import Rows, all_or_none, dataset_rows, number_of, text_of
 from textrl.offline import Epochs, encode_response, given_rollout, token_ids
 from textrl.policy import CausalPolicy
 from textrl.preferences import read_pairs
-from textrl.rollout import Rollout, batched_logprobs
+from textrl.rollout import Rollout, batched_logprobs, microbatches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 SIDES = ("chosen", "rejected")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 DEFAULT_BETA = 0.1
+FEWEST = 20
+"""Fewer pairs than this are not held out: they could not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,7 @@ class DPOConfig(AgentConfig):
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
     cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
+    held_out: float = 0.1  # share of the pairs that are not learned from: the weights that do best on them are kept
     label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
 
     def __post_init__(self) -> None:
@@ -53,6 +59,7 @@ class DPOConfig(AgentConfig):
         check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
         check("loss", self.loss, self.loss in ("sigmoid", "ipo"), '"sigmoid" or "ipo"')
         check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
+        check("held_out", self.held_out, 0 <= self.held_out < 1, "from 0 to below 1")
         check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
 
 
@@ -86,7 +93,7 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_digest", "beta")
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_digest", "_held", "_learned", "beta")
 
     def __init__(
         self,
@@ -108,7 +115,13 @@ class DPO(Agent):
             self._reference = torch.tensor(known) if known else None
         self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
         self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
-        self._epochs = Epochs(len(self._pairs), self.generator)
+        held = round(self.config.held_out * len(self._pairs))
+        order = torch.randperm(len(self._pairs), generator=torch.Generator().manual_seed(self.config.seed))
+        held = held if held >= FEWEST else 0
+        self._held, self._learned = order[:held], order[held:]
+        self._epochs = Epochs(len(self._learned), self.generator)
+        self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
+        self.best_loss = self.held_out_loss = math.inf
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
@@ -133,7 +146,8 @@ class DPO(Agent):
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._reference is None or self._reference_of != self._digest:
             self._reference, self._reference_of = self._ask_reference(), self._digest
-        return self._rollout(self._epochs.take(self.config.batch_size), self._reference)
+            self.best, self.best_loss = [], math.inf
+        return self._rollout(self._learned[self._epochs.take(self.config.batch_size)], self._reference)
 
     def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
         pairs = [self._pairs[i] for i in indices.tolist()]
@@ -160,10 +174,31 @@ class DPO(Agent):
         return torch.cat(sums)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """One step on a batch of pairs."""
+        """One step on a batch of pairs; four times an epoch, a look at those held out."""
         self.cool_down(self.config.cooldown)
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
+        call = self.call
+        last = call is not None and self.num_timesteps + rollout.num_tokens >= call["start"] + call["total"]
+        if len(self._held):
+            interval = max(1, len(self._learned) // (4 * self.config.batch_size))
+            if last or self.num_updates % interval == 0:
+                self._look()
+            if last and self.best:
+                self.optimizer.set_weights(self.best)
+            numbers["held_out_loss"] = self.held_out_loss
         return {f"train/{key}": value for key, value in numbers.items()}
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Measures the loss on the pairs held out, and keeps the weights if it is the least so far."""
+        assert self._reference is not None
+        rollout = self._rollout(self._held, self._reference)
+        self.held_out_loss = 0.0
+        for part in microbatches(rollout, self.config.max_tokens_per_microbatch, 2):
+            piece = rollout.select(part, 2)
+            self.held_out_loss += float(self._loss(piece)[0]) * len(piece) / len(rollout)
+        if self.held_out_loss < self.best_loss:
+            self.best, self.best_loss = self.optimizer.get_weights(), self.held_out_loss
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         reference = torch.tensor([row["ref_logprob"] for row in batch.rows], device=self.device)

@@ -5,12 +5,12 @@
 
 The mask policy is a copy of the policy, taken anew every `mask_interval` updates. Tokens are drawn from pi_M; their
 log-probabilities, ratios and entropies are those of pi_M, with the masks that held when they were drawn; the loss is
-PPO's. A token outside the mask gets no gradient: with a small top_p the best response may lie where nobody looks.
+PPO's. A token outside the mask gets no gradient and is never tried: where the best response is rare at first, a mask
+that keeps 99% loses it for good. The default cuts off what would be drawn once in a thousand.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from textrl.adapters import frozen_copy
 from textrl.agent import AgentConfig, check
 from textrl.generation import within_top_p
 from textrl.policy import CausalPolicy
@@ -31,7 +32,7 @@ from .ppo import PPO, PPOConfig
 class NLPOConfig(PPOConfig):
     """Settings of NLPO: PPO's, and the mask's."""
 
-    top_p: float = 0.99  # the mask keeps the most probable tokens that reach this together
+    top_p: float = 0.999  # the mask keeps the most probable tokens that reach this together
     mask_interval: int = 10  # updates between two copies of the policy into the mask policy
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class NLPO(PPO):
     def build(self) -> None:
         """Adds the mask policy; it is saved and restored with the agent."""
         super().build()
-        self.mask_model = self.modules["mask_policy"] = copy.deepcopy(self.model).requires_grad_(False)
+        self.mask_model = self.modules["mask_policy"] = frozen_copy(self.model)
         mask_policy = CausalPolicy(self.mask_model, self.task.vocab_size, self.base.temperature)
         self.mask_stepper = StepwiseLM(mask_policy, self.task.vocab_size)
 

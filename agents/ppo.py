@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
-from textrl.critic import Critic, batched_values
+from textrl.critic import Critic, with_advantages
 from textrl.kl import AdaptiveKL, k3
-from textrl.returns import explained_variance, gae, masked_mean, masked_var, whiten
+from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
+from textrl.textcritic import TextCritic, same_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,8 @@ class PPO(Agent):
         model: as for every agent.
         config: as for every agent.
         critic: the setting "separate" or "shared"; or what a separate critic's trunk starts from in place of the
-            policy's: a `RewardModel` or a scalar model. Its head starts at zero.
+            policy's: a `RewardModel`, which keeps its own tokenizer, or a scalar model that reads the policy's tokens.
+            Its head starts at zero.
         settings: as for every agent.
     """
 
@@ -105,7 +107,7 @@ class PPO(Agent):
     ) -> None:
         if isinstance(critic, str):
             settings["critic"], critic = critic, None
-        self._critic_from = critic.model if isinstance(critic, RewardModel) else critic
+        self._critic_from = critic
         super().__init__(env, model, config, **settings)
 
     def build(self) -> None:
@@ -121,26 +123,34 @@ class PPO(Agent):
             nn.init.zeros_(self.value_head.bias)
             self.modules["value_head"] = self.value_head
         else:
-            critic = Critic(self.policy, self._critic_from or self.model, self.config.trainable_layers)
-            self.value, self.critic = critic, critic.model
-            self.modules["critic"] = critic.model
+            self.value, self.critic = self._separate_critic(self._critic_from)
+            self.modules["critic"] = self.critic
         self.kl = None
         if self.config.kl_target is not None:
             check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
             self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
+
+    def _separate_critic(
+        self, start: RewardModel | PreTrainedModel | None
+    ) -> tuple[Callable[[Rollout], Tensor], PreTrainedModel]:
+        """The critic and its model; a reward model's tokenizer comes along where it is not the policy's."""
+        scalar = start.model if isinstance(start, RewardModel) else start
+        critic = Critic(self.policy, scalar or self.model, self.config.trainable_layers)
+        if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, self.tokenizer):
+            return TextCritic(critic.model, start.tokenizer, self.task), critic.model
+        return critic, critic.model
 
     # ---- one batch -------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
-        rewards = self._shaped(rollout)
-        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-        rollout = replace(rollout, values=values, returns=returns, advantages=advantages)
+        shaped, at_once = replace(rollout, rewards=self._shaped(rollout)), config.max_tokens_per_microbatch
+        rollout, known = with_advantages(shaped, self.value, at_once, config.gamma, config.gae_lambda, False)
+        assert rollout.advantages is not None
         if config.whiten_advantages:
-            spread = float(masked_var(advantages, mask).sqrt())
-            rollout.advantages = whiten(advantages, mask) * min(1.0, spread / max(config.whiten_floor, 1e-8))
+            spread = float(masked_var(rollout.advantages, mask).sqrt())
+            rollout.advantages = whiten(rollout.advantages, mask) * min(1.0, spread / max(config.whiten_floor, 1e-8))
         steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):
@@ -150,7 +160,7 @@ class PPO(Agent):
         numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
         numbers["steps"] = len(steps)
-        numbers["explained_variance"] = explained_variance(values, returns, mask)
+        numbers["explained_variance"] = known
         if self.kl is not None and rollout.ref_logprobs is not None:
             kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
             self.base.kl_coef = self.kl.update(kl, len(rollout))

@@ -6,21 +6,29 @@
 
 Without a KL penalty the filter is hard, R >= tau, as in the paper. With one it is rejection sampling (Liu 2024, RSO):
 mu exp(R / kl_coef) is pi_ref exp(score / kl_coef), so that for a high threshold the samples kept are those of the
-optimum, and at the optimum R is the same for every response and all are kept: it is where the iteration rests.
+optimum, and at the optimum R is the same for every response and all are kept: it is where the iteration rests. The
+first batch may be a logged one, from whatever mu.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, check, is_bare
+from textrl.agent import Agent, AgentConfig, AnyEnv, check, is_bare
+from textrl.episodes import as_episodes, logged_source, take_in
 from textrl.offline import prompt_groups
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, collect_sampled
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +63,44 @@ def keep_probabilities(returns: Tensor, groups: Tensor, quantile: float, kl_coef
 
 
 class ReST(Agent):
-    """Samples, filters and fits by turns."""
+    """Samples, filters and fits by turns.
+
+    Args:
+        env: as for every agent.
+        model: as for every agent.
+        config: as for every agent.
+        dataset: logged episodes to begin with, as for `BPO`; all prompts should have several. None: its own samples.
+        settings: as for every agent.
+    """
 
     config: ReSTConfig
     config_class: ClassVar[type[AgentConfig]] = ReSTConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged",)
+
+    def __init__(
+        self,
+        env: AnyEnv,
+        model: PreTrainedModel | str | Path | None = None,
+        config: AgentConfig | None = None,
+        *,
+        dataset: Rollout | MinariDataset | str | Path | Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(env, model, config, **settings)
+        self._logged = None if dataset is None else as_episodes(dataset, self.task, self.device)
+
+    @classmethod
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
+        """The logged episodes of a file; a Minari dataset's folder is read later."""
+        return logged_source(file, skip_bad_rows)
 
     def collect(self) -> Rollout:
-        """Grow: `grow_batches * batch_size` fresh episodes, `group_size` for each prompt."""
+        """Grow: `grow_batches * batch_size` fresh episodes, `group_size` a prompt; first those that were given."""
+        if self._logged is not None and self.num_updates == 0:
+            returns = take_in(self._logged, self.base, self.config.max_tokens_per_microbatch)
+            last = (self._logged.response_lengths - 1)[:, None]
+            rewards = torch.zeros_like(self._logged.rewards).scatter(1, last, returns[:, None])
+            return replace(self._logged, rewards=rewards)
         check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
         groups = max(1, self.config.grow_batches * self.config.batch_size // self.config.group_size)
         return collect_sampled(

@@ -2,16 +2,17 @@
 
     maximise  L(theta) = mean ratio_t * A_t     subject to  mean KL(pi_old(. | s_t) || pi(. | s_t)) <= max_kl
 
-The step goes along F^-1 grad L, found by conjugate gradient on products with the Fisher matrix F (the Hessian of the KL
-at theta_old), is as long as the bound allows to second order, and is halved back until the true KL, over the whole
-vocabulary at every state of the batch, is within the bound and L has not fallen; if it never is, nothing moves. The
-bound follows the schedule of the learning rate, squared: steps shrink in proportion. The critic learns by AdamW.
+The step goes along F^-1 grad L, found by conjugate gradient on products with the Fisher matrix F, the Hessian of the KL
+at theta_old: mean J' (diag p - p p') J with J the Jacobian of a state's logits. It is as long as the bound allows to
+second order, and is halved back until the true KL, over the whole vocabulary at every state of the batch, is within the
+bound and L has not fallen; if it never is, nothing moves. The bound follows the schedule of the learning rate, squared:
+steps shrink in proportion. The critic learns by AdamW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from textrl.agent import Agent, AgentConfig, allowed_at, check
-from textrl.critic import Critic, batched_values, value_loss
+from textrl.critic import Critic, value_loss, with_advantages
 from textrl.kl import full_kl
 from textrl.policy import trainable
-from textrl.returns import explained_variance, gae, whiten
 from textrl.rollout import Rollout, microbatches
 
 Product = Callable[[Tensor], Tensor]
@@ -94,17 +94,14 @@ class TRPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step of the policy, a few of the critic."""
-        config, mask = self.config, rollout.action_mask
-        values = batched_values(self.value, rollout, config.max_tokens_per_microbatch)
-        advantages, returns = gae(rollout.rewards, values, mask, config.gamma, config.gae_lambda)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        rollout = replace(rollout, returns=returns, advantages=advantages)
+        config = self.config
+        estimator = (config.gamma, config.gae_lambda, config.whiten_advantages)
+        rollout, known = with_advantages(rollout, self.value, config.max_tokens_per_microbatch, *estimator)
         numbers = self.step(rollout, config.max_kl * self.schedule**2)
         for _ in range(config.critic_epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):
                 numbers["value_loss"] = self.minimise(self._value_loss, rollout.select(indices))["loss"]
-        numbers["explained_variance"] = explained_variance(values, returns, mask)
+        numbers["explained_variance"] = known
         return {f"train/{key}": value for key, value in numbers.items()}
 
     def _value_loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,26 +159,33 @@ class TRPO(Agent):
         return total
 
     def _fisher(self, rollout: Rollout) -> Product:
-        """The product with F + damping: the derivative of the KL's gradient along a vector."""
+        """The product with F + damping."""
         chosen = self.shuffled(len(rollout), 1)[0][: self.config.fisher_episodes]
         parts = list(self._parts(rollout.select(chosen)))
-        kept = self._kl_gradient(*parts[0]) if len(parts) == 1 else None  # one graph serves every product
+        kept = self._linear(parts[0][0]) if len(parts) == 1 else None  # one graph serves every product
 
         def product(vector: Tensor) -> Tensor:
             total = self.config.damping * vector
-            for part in parts:
-                slope = (self._kl_gradient(*part) if kept is None else kept) @ vector
-                total = total + flat(torch.autograd.grad(slope, self.weights, retain_graph=kept is not None))
+            for batch, share in parts:
+                total = total + share * self._fisher_product(vector, kept or self._linear(batch))
             return total
 
         return product
 
-    def _kl_gradient(self, batch: Rollout, share: float) -> Tensor:
-        """The gradient of KL(old || new), differentiable once more: (p,)."""
+    def _linear(self, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits z (n, V), a stand-in u (n, V) for their gradient, and J'u (p,), J the Jacobian of z."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             logits = self._logits(batch)
-        kl = share * full_kl(logits.detach(), logits).mean()
-        return flat(torch.autograd.grad(kl, self.weights, create_graph=True))
+        stand_in = torch.zeros_like(logits, requires_grad=True)
+        return logits, stand_in, flat(torch.autograd.grad(logits, self.weights, stand_in, create_graph=True))
+
+    def _fisher_product(self, vector: Tensor, linear: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """J' (diag p - p p') J v / n: (p,) -> (p,). J v is the derivative of v'J'u along u."""
+        logits, stand_in, pulled = linear
+        (moved,) = torch.autograd.grad(pulled @ vector, stand_in, retain_graph=True)  # J v, (n, V)
+        p = logits.detach().softmax(-1)
+        curved = p * (moved - (p * moved).sum(-1, keepdim=True)) / len(p)
+        return flat(torch.autograd.grad(logits, self.weights, curved, retain_graph=True))
 
     @torch.no_grad()
     def _measure(self, rollout: Rollout, old: list[Tensor]) -> tuple[float, float]:

@@ -1,13 +1,14 @@
 """Trains discrete CQL, from d3rlpy, on a batch of episodes that textrl logged as a Minari dataset.
 
-    pip install "gymnasium-textrl[offline]" d3rlpy
+    pip install "gymnasium-textrl[offline]" colorama dataclasses-json scikit-learn structlog
+    pip install --no-deps d3rlpy gym gym-notices
     python examples/d3rlpy_cql.py
 
 A random language model plays `textrl/Vowels-v0`; d3rlpy sees only what lies on disk. What it learned then plays
-the environment by itself, token by token.
+the environment by itself, token by token. (d3rlpy asks for an old Gymnasium, but runs with this one.)
 """
 
-import argparse
+import sys
 import tempfile
 
 import d3rlpy
@@ -53,19 +54,14 @@ def play(env: gym.Env, algo: d3rlpy.algos.QLearningAlgoBase, episodes: int) -> f
     return float(np.mean(scores))
 
 
-def main() -> None:
-    """Logs, trains, plays."""
-    parser = argparse.ArgumentParser(description="Discrete CQL on logged text")
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    d3rlpy.seed(options.seed)
+def main(steps: int = 1500) -> float:
+    """Logs, trains, plays; gives the mean score of what was learned."""
+    d3rlpy.seed(0)
     env = gym.make("textrl/Vowels-v0")
     task = env.unwrapped.task
-    model = small_model(task.vocab_size, env.observation_space.shape[0], options.seed)
+    model = small_model(task.vocab_size, env.observation_space.shape[0])
     with tempfile.TemporaryDirectory() as folder:
-        logged = collect(env, model, options.episodes, f"{folder}/random", options.seed)
+        logged = collect(env, model, 1000, f"{folder}/random")
         dataset = to_mdp_dataset(logged)
         behaviour = textrl.read_episodes(logged).scores.mean().item()
     config = d3rlpy.algos.DiscreteCQLConfig(
@@ -74,13 +70,15 @@ def main() -> None:
     algo = config.create(device="cpu")
     algo.fit(
         dataset,
-        n_steps=options.steps,
-        n_steps_per_epoch=options.steps,
+        n_steps=steps,
+        n_steps_per_epoch=steps,
         show_progress=False,
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
     )
-    print(f"mean score: {behaviour:.3f} of the policy that was logged, {play(env, algo, 20):.3f} after CQL")
+    score = play(env, algo, 20)
+    print(f"mean score: {behaviour:.3f} of the policy that was logged, {score:.3f} after CQL")
+    return score
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """The on-policy agents: their losses by hand, their gradients and their ends against the exact answer."""
 
 import copy
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from textrl.agents.ppo import clipped_policy_loss, clipped_value_loss
 from textrl.agents.reinforce import policy_gradient_loss
 from textrl.agents.trpo import conjugate_gradient, surrogate
 from textrl.critic import value_loss
+from textrl.kl import full_kl
 from textrl.policy import small_model
 from textrl.rollout import Rollout
 from textrl.tabular import tabular_model
@@ -195,6 +197,26 @@ def test_conjugate_gradient_and_surrogate():
     old = torch.tensor([0.5, 0.2]).log()
     found = surrogate(torch.tensor([0.6, 0.1]).log(), old, torch.tensor([2.0, -1.0]))
     assert float(found) == pytest.approx((1.2 * 2 - 0.5) / 2)
+
+
+def test_the_fisher_product_is_the_hessian_of_the_kl():
+    task = Bigrams()
+    agent = TRPO(environment(task), small_model(4, 8, n_embd=8, n_layer=1, n_head=2), damping=0.01, batch_size=16)
+    rollout = agent.collect()
+
+    def kl():
+        rows, columns, _ = rollout.places()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            logits = agent.policy.logits(agent.policy.hidden(rollout.tokens, rows, columns))
+        return full_kl(logits.detach(), logits).mean()
+
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(kl(), agent.weights, create_graph=True)])
+    vector = torch.randn(len(slope), generator=torch.Generator().manual_seed(0))
+    second = torch.autograd.grad(slope @ vector, agent.weights)
+    expected = torch.cat([g.flatten() for g in second]) + 0.01 * vector
+    torch.testing.assert_close(agent._fisher(rollout)(vector), expected, atol=1e-5, rtol=1e-4)
+    agent.config = dataclasses.replace(agent.config, max_tokens_per_microbatch=20)  # in several parts
+    torch.testing.assert_close(agent._fisher(rollout)(vector), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_trpo_step_by_hand():

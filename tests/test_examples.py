@@ -16,6 +16,7 @@ CASES = {
     "sb3_ppo": ("stable_baselines3", 2_000, 0.6),
     "maskable_ppo": ("sb3_contrib", 1_024, 0.8),
     "tianshou_dqn": ("tianshou", 1, 0.3),
+    "d3rlpy_cql": ("d3rlpy", 500, 0.7),
     "torchrl_env": ("torchrl", None, 0.05),
     "rllib_ppo": ("ray", 6, 0.6),
 }

@@ -274,6 +274,25 @@ def test_without_a_reference_dpo_starts_from_its_own_model(tmp_path: Any) -> Non
         used.learn(10)
 
 
+def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None:
+    task = Weighted()
+    ref = reference(task, 0)
+    env = textrl.TextEnv(task, reference=ref, kl_coef=0.1)
+    pairs = bradley_terry(env, ref, 300, 0)
+    common: dict[str, Any] = {"batch_size": 32, "learning_rate": 3e-3, "device": "cpu"}
+    agent = DPO(env, copy.deepcopy(ref).requires_grad_(True), dataset=pairs, **common)
+    assert sorted([*agent._held.tolist(), *agent._learned.tolist()]) == list(range(300)) and len(agent._held) == 30
+    losses: list[float] = []
+    agent.learn(12_000, callback=lambda _, numbers: losses.append(numbers["train/held_out_loss"]))
+    assert len(losses) > 40 and min(losses) < losses[-1] - 0.01, "these few pairs are learned by heart"
+    agent._look()
+    assert agent.held_out_loss == pytest.approx(min(losses), abs=1e-5)
+    everything = DPO(env, copy.deepcopy(ref), dataset=pairs, held_out=0.0, **common)
+    assert len(everything._learned) == 300
+    assert "train/held_out_loss" not in everything.update(everything.collect())
+    assert len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), **common)._held) == 0  # too few to tell
+
+
 def test_rest_rests_at_the_optimum() -> None:
     """At the optimum every response has the same return, and everything is kept."""
     task = Weighted()
@@ -362,6 +381,7 @@ def test_what_is_wrong_is_said() -> None:
         ("beta must be above 0; got 0", {"beta": 0}),
         ('loss must be "sigmoid" or "ipo"', {"loss": "hinge"}),
         ("label_smoothing must be from 0 to below 0.5", {"label_smoothing": 0.5}),
+        ("held_out must be from 0 to below 1", {"held_out": 1.0}),
         ("dataset row 0, column 'rejected' is missing", {"dataset": [{"prompt": "a", "chosen": "b"}]}),
         ("dataset row 0, column 'prompt' is missing", {"dataset": [{"chosen": "b", "rejected": "c"}]}),
         ("column 'chosen_ids' must be 1 to 4 token ids below 4", {"dataset": [{**pair, "chosen_ids": [4]}]}),

@@ -55,7 +55,7 @@ def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, c
 
 def test_the_commands_in_the_readme_exist():
     commands = set(re.findall(r"^textrl (\w+)", README, re.MULTILINE))
-    assert commands >= {"envs", "agents", "train", "evaluate", "rlhf"}
+    assert commands >= {"envs", "agents", "train", "evaluate", "collect", "ope", "rlhf"}
     for command in commands:
         with pytest.raises(SystemExit) as exit:
             cli.main([command, "--help"])

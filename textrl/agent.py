@@ -7,39 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import checkpoint, loop
+from . import acting, checkpoint, loop
+from .acting import allowed_at as allowed_at
 from .config import AgentConfig as AgentConfig
 from .config import check as check
 from .config import make_config
 from .files import read_rows
-from .generation import Sampling, draw, generate
+from .generation import Sampling
 from .loop import Callback
 from .optim import Optimizer
-from .policy import (
-    CausalPolicy,
-    load_model,
-    pick_device,
-    pick_dtype,
-    small_model,
-    train_last_layers,
-    trainable,
-)
-from .rollout import Rollout, both_masks, collect_sampled, microbatches
+from .policy import CausalPolicy, pick_device, trainable
+from .rollout import Rollout, microbatches
+from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
-from .stepping import collect_stepped
 from .stepping import is_bare as is_bare
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
@@ -54,6 +47,9 @@ class Agent:
             nobody wrapped is sampled whole, to the same effect and faster.
         model: a `PreTrainedModel`, a folder or hub name of one, or None for a small GPT-2 with random weights.
         config: an instance of the agent's config class.
+        peft_config: of an adapter (`peft.LoraConfig`), which is then all that learns; a model that has an adapter goes
+            on learning it. Where the environment's reference is the model as it starts, it holds no second copy of the
+            base weights; `model` and reference may then be one object.
         settings: single fields of the config, as keywords; they win over `config`.
 
     Attributes:
@@ -77,6 +73,8 @@ class Agent:
         env: AnyEnv,
         model: PreTrainedModel | str | Path | None = None,
         config: AgentConfig | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
         **settings: Any,
     ) -> None:
         self.config = make_config(self.config_class, config, settings)
@@ -92,8 +90,7 @@ class Agent:
         self.rng = np.random.default_rng([self.config.seed, 1])  # prompts
         self.generator = torch.Generator().manual_seed(self.config.seed)  # tokens, minibatches
         self.learning_rate = self.config.learning_rate or (1e-3 if model is None else 1e-5)
-        self.model = self._load(model)
-        train_last_layers(self.model, self.config.trainable_layers)
+        self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
         self.policy.frozen_blocks = frozen_blocks(self.model)
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
@@ -104,8 +101,6 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
-        if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
-            self.base.reference.to(self.device)
         self.build()
         self.optimizer = Optimizer(
             *(trainable(module) for module in self.modules.values()),
@@ -113,23 +108,6 @@ class Agent:
             max_grad_norm=self.config.max_grad_norm,
             weight_decay=self.config.weight_decay,
         )
-
-    def _load(self, model: PreTrainedModel | str | Path | None) -> PreTrainedModel:
-        length = self.task.max_prompt_tokens + self.task.max_new_tokens
-        if model is None:
-            dtype = pick_dtype(self.config.dtype, self.device)
-            return small_model(self.task.vocab_size, length, self.config.seed).to(self.device, dtype)
-        loaded = load_model(model, self.tokenizer)
-        if loaded is self.base.reference:
-            raise ValueError("model and the environment's reference are one object: pass copy.deepcopy(model) as one")
-        limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and limit < length:
-            raise ValueError(
-                f"model reads at most {limit} tokens, but the task's prompt and response need {length}:"
-                " lower max_prompt_tokens or max_new_tokens"
-            )
-        parameters = sum(p.numel() for p in loaded.parameters())
-        return loaded.to(device=self.device, dtype=pick_dtype(self.config.dtype, self.device, parameters))
 
     # ---- what an agent's author writes -----------------------------------------------------------------------
 
@@ -153,31 +131,7 @@ class Agent:
 
     def collect(self) -> Rollout:
         """The next batch to learn from: by default `batch_size` fresh episodes of the environment."""
-        size = -(-self.config.batch_size // self.group_size) * self.group_size
-        if is_bare(self.env):
-            return collect_sampled(
-                self.base,
-                self.policy,
-                size,
-                rng=self.rng,
-                generator=self.generator,
-                group_size=self.group_size,
-                tokens_at_once=self.config.max_tokens_per_microbatch,
-                narrow=self.narrow if self.narrows else None,
-            )
-        if self.group_size > 1:
-            raise ValueError(
-                f"{type(self).__name__} draws {self.group_size} responses to each prompt, which a wrapped environment"
-                " cannot be asked for: pass the environment itself"
-            )
-        attached = self.env.unwrapped is self.base
-        if attached:
-            self.base.policy = self.stepper
-        seed = int(self.rng.integers(2**31)) if self.num_updates == 0 else None
-        missing = 0.0 if attached or self.base.reference is None else self.base.kl_coef
-        return collect_stepped(
-            self.env, self.task, self._act, size, device=self.device, seed=seed, missing_penalty=missing
-        )
+        return acting.collect(self)
 
     def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The tokens that an agent with masks of its own draws from, within the task's: (N, L) -> (N, V) bool."""
@@ -287,26 +241,8 @@ class Agent:
     # ---- acting ----------------------------------------------------------------------------------------------
 
     def act(self, observations: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draws one token for each observation: (N, L) int64 -> (N,) int64."""
-        return self._act(observations)[0]
-
-    def _act(
-        self, observations: NDArray[np.int64], greedy: bool = False
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
-        logits = self.stepper(observations)
-        masks = None
-        if type(self.task).allowed_tokens is not Task.allowed_tokens:
-            masks = np.atleast_2d(
-                self.env.get_wrapper_attr("action_masks")()
-                if isinstance(self.env, gym.Env)
-                else self.base.action_masks()
-            )
-        if self.narrows:
-            masks = both_masks(masks, self.narrow(observations))
-        uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)
-        forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
-        tokens, logprobs = draw(logits, uniforms, Sampling(self.base.temperature, greedy=greedy), forbidden)
-        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+        """Draws one token for each observation that the environment shows now: (N, L) int64 -> (N,) int64."""
+        return acting.in_environment(self, observations)[0]
 
     def predict(
         self,
@@ -314,15 +250,19 @@ class Agent:
         state: None = None,
         episode_start: None = None,
         deterministic: bool = False,
+        action_masks: NDArray[Any] | None = None,
     ) -> tuple[Any, None]:
-        """The action for an observation, (L,) or (N, L), as in Stable-Baselines3: (action, None)."""
-        observations = np.atleast_2d(np.asarray(observation))
-        stepper = StepwiseLM(self.policy, self.task.vocab_size)
-        logits = stepper(observations)
-        uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)
-        tokens, _ = draw(logits, uniforms, Sampling(self.base.temperature, greedy=deterministic))
-        actions = tokens.cpu().numpy()
-        return (actions if np.ndim(observation) == 2 else actions[0]), None
+        """The action for an observation, (L,) or (N, L), as in Stable-Baselines3 and sb3-contrib: (action, None).
+
+        Args:
+            observation: of the agent's task, from any environment.
+            state: not used.
+            episode_start: not used.
+            deterministic: the most probable token in place of a draw.
+            action_masks: (V,) or (N, V), the tokens to choose from. None: the task's own masks where it has finitely
+                many prompts, from which they follow.
+        """
+        return acting.on_observation(self, observation, deterministic, action_masks), None
 
     def generate(
         self,
@@ -334,7 +274,7 @@ class Agent:
         top_p: float = 1.0,
         deterministic: bool = False,
     ) -> list[str]:
-        """One response to each prompt, as text.
+        """One response to each prompt, as text; inside the task's action masks for the task's own prompts.
 
         Args:
             prompts: B texts.
@@ -344,18 +284,8 @@ class Agent:
             top_p: only the most probable tokens that reach p together.
             deterministic: the most probable token always.
         """
-        check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
         sampling = Sampling(temperature or self.base.temperature, top_k, top_p, greedy=deterministic)
-        sampled = generate(
-            self.policy,
-            [self.task.encode({"prompt": prompt}) for prompt in prompts],
-            max_new_tokens or self.task.max_new_tokens,
-            [self.task.eos_token_id],
-            sampling=sampling,
-            generator=self.generator,
-        )
-        lengths = sampled.lengths.tolist()
-        return self.task.decode([r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)])
+        return acting.on_prompts(self, prompts, max_new_tokens, sampling)
 
     # ---- saving ----------------------------------------------------------------------------------------------
 
@@ -371,8 +301,3 @@ class Agent:
             ValueError: for a folder without an agent of this class.
         """
         return checkpoint.load_agent(cls, Path(folder), env, settings)
-
-
-def allowed_at(batch: Rollout) -> Tensor | None:
-    """The action masks of the n agent tokens, (n, V), or None."""
-    return None if batch.allowed is None else batch.allowed[batch.action_mask]

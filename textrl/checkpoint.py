@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import state
+from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, save_adapter
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -184,13 +185,19 @@ def load_state(folder: Path) -> tuple[Any, state.Tensors]:
 def save_agent(agent: Agent, folder: Path) -> None:
     """Writes an agent into `folder`, whole or not at all; what stood there before is replaced.
 
-    The policy and its tokenizer lie at the top, so `AutoModelForCausalLM.from_pretrained(folder)` works; every other
-    module has a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
+    The policy and its tokenizer lie at the top, so `AutoModelForCausalLM.from_pretrained(folder)` works; of a policy
+    with an adapter that is peft's files, and `base` where the base model is not on disk already. Every other module has
+    a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
     hold what learning needs to go on: the optimizer, the generators, the positions.
     """
     with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
-            save_module(module, part, "" if name == "policy" else name)
+            if not has_adapter(module):
+                save_module(module, part, "" if name == "policy" else name)
+            elif name == "policy":
+                save_adapter(agent.model, part, folder)
+            else:
+                save_file(own_weights(module, agent.model), part / f"{name}.safetensors")
         agent.tokenizer.save_pretrained(part)
         tensors: state.Tensors = {}
         content = {
@@ -235,7 +242,12 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     if differing and not new_settings:
         raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(differing)}")
     for name, module in agent.modules.items():
-        load_module(module, folder, "" if name == "policy" else name)
+        if not has_adapter(module):
+            load_module(module, folder, "" if name == "policy" else name)
+        elif name == "policy":
+            load_adapter_weights(agent.model, folder)
+        else:
+            load_own_weights(module, folder / f"{name}.safetensors")
     content, tensors = load_state(folder)
     if {"trainable_layers", "dtype"} & set(differing):
         content["agent"].pop("optimizer", None)

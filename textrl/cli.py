@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | play | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | collect | ope | play | rlhf`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import RUN, Parser, agent_class, check_env_id, parse_config, parse_env_args
+from . import logged
+from .files import is_file_name
+from .flags import RUN, Parser, agent_class, check_env_id, parse_config, parse_env_args, read_run
 from .listing import list_agents, list_envs
 from .play import play_parser
 from .render import escape
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=12345, help="of prompts and samples (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=evaluate_run)
+    logged.add_parsers(commands)
     play_parser(commands)
     _rlhf_parser(commands)
     options, rest = parser.parse_known_args(arguments)
@@ -48,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rest and options.command not in ("train", "rlhf"):
             raise ValueError(f"unknown argument {rest[0]!r}; see textrl {options.command} --help")
         options.rest = rest
-        if options.command in ("train", "evaluate", "play", "rlhf"):
+        if options.command not in ("envs", "agents"):
             quiet_libraries()
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
@@ -105,7 +108,9 @@ def _train_parser(commands: Any) -> None:
     train.add_argument(
         "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
     )
-    train.add_argument("--dataset", metavar="FILE", help="json, jsonl, csv or parquet, for agents that learn from one")
+    train.add_argument(
+        "--dataset", metavar="FILE", help="json, jsonl, csv, parquet or what textrl collect wrote, to learn from"
+    )
     train.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of these files out, and list them")
     train.add_argument("--total-timesteps", type=int, default=50_000, help="tokens (default: %(default)s)")
     train.add_argument("--log-dir", metavar="RUN", help="where logs and the agent go (default: runs/ENV-AGENT-SEED)")
@@ -152,7 +157,7 @@ def train_agent(options: argparse.Namespace) -> None:
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "model": options.model,
-        "dataset": options.dataset and str(Path(options.dataset).resolve()),
+        "dataset": named(options.dataset),
         "skip_bad_rows": options.skip_bad_rows,
         "total_timesteps": options.total_timesteps,
         "checkpoint_every": options.checkpoint_every or max(1, options.total_timesteps // 10),
@@ -162,6 +167,11 @@ def train_agent(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, run)
     finish_run(agent, run, folder, options.quiet)
+
+
+def named(dataset: str | None) -> str | None:
+    """A file or folder by its whole path, so that a run can be resumed from anywhere; a Minari id as it is."""
+    return str(Path(dataset).resolve()) if dataset and (Path(dataset).exists() or is_file_name(dataset)) else dataset
 
 
 def make_agent(run: dict[str, Any]) -> Agent:
@@ -207,7 +217,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
     from .policy import few_threads
     from .rollout import collect_sampled
-    from .trained import read_run, trained_agent
+    from .trained import trained_agent
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")

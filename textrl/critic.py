@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import adapted_critic, has_adapter
 from .offline import given_rollout
 from .policy import CausalPolicy, train_last_layers, value_model, values_at
-from .returns import masked_mean
+from .returns import explained_variance, gae, masked_mean, whiten
 from .rollout import Rollout, microbatches
 from .trunk import same_blocks
 
@@ -26,7 +28,8 @@ class Critic:
 
     Args:
         policy: whose device, dtype and frozen lower blocks hold.
-        start: the model whose trunk is copied: the policy's own, or a reward model's.
+        start: the model whose trunk is copied: the policy's own, or a reward model's. Where the policy has an adapter
+            the critic has one too, over that trunk's own weights.
         trainable_layers: as for the policy.
 
     Attributes:
@@ -34,8 +37,11 @@ class Critic:
     """
 
     def __init__(self, policy: CausalPolicy, start: PreTrainedModel, trainable_layers: int | None = None) -> None:
-        self.model = value_model(start).to(device=policy.device, dtype=policy.model.dtype)
-        train_last_layers(self.model, trainable_layers)
+        if has_adapter(policy.model):  # the base weights of its start, and an adapter of its own
+            self.model = adapted_critic(policy.model, start).to(device=policy.device)
+        else:
+            self.model = value_model(start).to(device=policy.device, dtype=policy.model.dtype)
+            train_last_layers(self.model, trainable_layers)
         self._blocks = policy.frozen_blocks if same_blocks(policy.model, self.model, policy.frozen_blocks) else 0
 
     def __call__(self, batch: Rollout) -> Tensor:
@@ -52,6 +58,27 @@ def batched_values(critic: Callable[[Rollout], Tensor], rollout: Rollout, tokens
         batch = rollout.select(part)
         out[part, : batch.action_mask.shape[1]] = critic(batch)
     return out
+
+
+def with_advantages(
+    rollout: Rollout,
+    critic: Callable[[Rollout], Tensor],
+    tokens_at_once: int,
+    gamma: float,
+    gae_lambda: float,
+    whitened: bool,
+) -> tuple[Rollout, float]:
+    """The rollout with a critic's values, advantages by GAE, and returns, and how much of the returns the critic knew.
+
+    The returns are the advantages, before whitening, plus the values.
+    """
+    values = batched_values(critic, rollout, tokens_at_once)
+    mask = rollout.action_mask
+    advantages, returns = gae(rollout.rewards, values, mask, gamma, gae_lambda)
+    known = explained_variance(values, returns, mask)
+    if whitened:
+        advantages = whiten(advantages, mask)
+    return replace(rollout, values=values, advantages=advantages, returns=returns), known
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

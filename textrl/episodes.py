@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
-from .env import observation_space
+from .env import TextEnv, observation_space
 from .files import Rows, all_or_none, dataset_rows, is_file_name, number_of, read_rows, text_of
 from .generation import Sampling, draw
 from .offline import encode_response, given_rollout, token_ids
 from .policy import CausalPolicy, load_model
-from .rollout import Rollout, collect_sampled, pad_responses
+from .rollout import Rollout, batched_logprobs, collect_sampled, pad_responses
 from .stepping import Act, collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task, shorten
+from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -185,10 +186,33 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     return on_device(rollout, device)
 
 
+def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int) -> Tensor:
+    """Asks an environment's reference about logged episodes; gives their returns, (B,).
+
+    They are score - kl_coef * (log mu - log pi_ref), mu the policy that was logged; the score where mu is not known.
+
+    Raises:
+        ValueError: for episodes whose scores are not known.
+    """
+    bad = bool(logged.scores.isnan().any())
+    check("dataset", "episodes without scores", not bad, "episodes whose scores are known")
+    if base.reference is not None:
+        reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
+        logged.ref_logprobs = batched_logprobs(reference, logged, tokens_at_once)
+    if logged.ref_logprobs is None or bool(logged.logprobs.isnan().any()):
+        return logged.scores
+    return logged.scores - base.kl_coef * (logged.logprobs - logged.ref_logprobs).sum(1)
+
+
 def read_logged(file: str | Path, skip_bad_rows: bool = False) -> Rows:
     """The episodes of a JSON (lines), CSV or Parquet file."""
     columns = ("score", "logprobs", "completion_ids")
     return read_rows(file, numbers=columns, skip_bad_rows=skip_bad_rows, called="dataset")
+
+
+def logged_source(name: str | Path, skip_bad_rows: bool = False) -> Rows | str:
+    """What `as_episodes` takes from what a user named: the rows of a file; a Minari dataset is read later."""
+    return read_logged(name, skip_bad_rows) if is_file_name(name) else str(name)
 
 
 def _logged_row(task: Task, row: Mapping[str, Any]) -> tuple[list[int], float | None, list[float] | None]:

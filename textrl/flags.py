@@ -10,7 +10,9 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .registration import registered
@@ -32,12 +34,36 @@ class Parser(argparse.ArgumentParser):
 
 
 def agent_classes() -> dict[str, type[Agent]]:
-    """Our own agents and those that other packages name in the entry-point group `textrl.agents`."""
+    """Our own agents and those that other packages name in the entry-point group `textrl.agents`.
+
+    One that cannot be imported is left out with a warning.
+    """
     agents = importlib.import_module("textrl.agents")
     found = {name: getattr(agents, name) for name in agents.__all__}
     for entry in entry_points(group="textrl.agents"):
-        found[entry.name] = entry.load()
+        try:
+            found[entry.name] = agent_at(entry.value)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
     return found
+
+
+def agent_at(place: str) -> type[Agent]:
+    """The agent at "module:Class".
+
+    Raises:
+        ValueError: where there is none, or its module cannot be imported.
+    """
+    from .agent import Agent
+
+    module, _, attribute = place.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever somebody's module raises
+        raise ValueError(f"agent {place!r} cannot be imported: {error}") from None
+    if not (isinstance(cls, type) and issubclass(cls, Agent)):
+        raise ValueError(f"agent must be a subclass of textrl.Agent; {place!r} is {cls!r}")
+    return cls
 
 
 def agent_class(name: str) -> type[Agent]:
@@ -46,20 +72,15 @@ def agent_class(name: str) -> type[Agent]:
     Raises:
         ValueError: for a name nobody has, with the nearest.
     """
-    from .agent import Agent
-
     if ":" in name:
-        module, _, attribute = name.partition(":")
         sys.path.insert(0, "")
         try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"agent {name!r} cannot be imported: {error}") from None
+            return agent_at(name)
         finally:
             sys.path.pop(0)
-        if not (isinstance(cls, type) and issubclass(cls, Agent)):
-            raise ValueError(f"agent must be a subclass of textrl.Agent; {name!r} is {cls!r}")
-        return cls
+    for entry in entry_points(group="textrl.agents"):
+        if entry.name.lower() == name.lower():
+            return agent_at(entry.value)
     known = {key.lower(): cls for key, cls in agent_classes().items()}
     if name.lower() not in known:
         raise ValueError(f"unknown agent {name!r}; {nearest(name.lower(), list(known))}")
@@ -88,6 +109,23 @@ def check_env_id(id: str) -> str:
     if plain not in known:
         raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
     return plain
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a finished run was: its agent, environment, model and seed. Its agent lies in `folder / "final"`.
+
+    Raises:
+        ValueError: for a folder that holds no run, or one that has not ended.
+    """
+    try:
+        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    if "agent" not in run:
+        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    if not (folder / "final").is_dir():
+        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
+    return run
 
 
 def parse_env_args(pairs: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .adapters import CONFIG, load_adapted, plain_module
 from .hub import check_source
 from .tabular import register_tabular
 
@@ -113,6 +114,7 @@ def load_model(
     Raises:
         ValueError: for a folder or name that holds no causal language model, or a vocabulary too small.
     """
+    model = plain_module(model)
     if isinstance(model, (str, Path)):
         model = _from_pretrained(str(model), dtype)
     elif not isinstance(model, nn.Module):
@@ -128,6 +130,8 @@ def load_model(
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     register_tabular()
     check_source(name, "model")
+    if (Path(name) / CONFIG).is_file():
+        return load_adapted(Path(name))
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:

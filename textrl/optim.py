@@ -88,6 +88,18 @@ class Optimizer:
             master.grad = None
         return norm
 
+    def get_weights(self) -> list[Tensor]:
+        """A copy of what learns, in float32."""
+        return [master.detach().clone() for master in self.masters]
+
+    def set_weights(self, weights: list[Tensor]) -> None:
+        """Puts back what `get_weights` gave."""
+        with torch.no_grad():
+            for parameter, master, weight in zip(self.parameters, self.masters, weights, strict=True):
+                master.copy_(weight)
+                if parameter is not master:
+                    parameter.copy_(master)
+
     def state_dict(self) -> dict[str, Any]:
         """The moments, the float32 copies and the counts; not the settings."""
         copies = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]

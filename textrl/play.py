@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import gymnasium as gym
 
 from .config import check
-from .flags import check_env_id, nearest, parse_env_args
+from .flags import check_env_id, nearest, parse_env_args, read_run
 from .render import token_texts
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     """The environment to play in, with the policy and its values attached, and the agent that has them."""
     from .agent import Agent
     from .critic import state_values
-    from .trained import read_run, trained_agent
+    from .trained import trained_agent
 
     check("--model", options.model, options.model is None or options.folder is None, "left out with --run")
     run = None if options.folder is None else read_run(Path(options.folder))

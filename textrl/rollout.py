@@ -33,15 +33,15 @@ def both_masks(advised: NDArray[np.bool_] | None, own: NDArray[np.bool_]) -> NDA
     return np.where(both.any(1, keepdims=True), both, advised.astype(np.bool_))
 
 
-def _masks(
+def allowed_after(
     task: Task,
     rows: Sequence[Row],
     prompts: Sequence[NDArray[np.int64]],
-    narrow: Narrow | None,
-    seen: list[NDArray[np.bool_]],
+    narrow: Narrow | None = None,
+    seen: list[NDArray[np.bool_]] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None:
     """A function from responses (B, T) to the masks that hold next, kept in `seen`; None where there are none."""
-    if narrow is None and type(task).allowed_tokens is Task.allowed_tokens:
+    if narrow is None and not task.masked:
         return None
     observations = np.full((len(rows), task.max_prompt_tokens + task.max_new_tokens), task.vocab_size)
     for observation, prompt in zip(observations, prompts, strict=True):
@@ -53,7 +53,7 @@ def _masks(
         if narrow is not None:
             np.put_along_axis(observations, columns, responses, 1)
             mask = both_masks(mask, narrow(observations))
-        if mask is not None:
+        if mask is not None and seen is not None:
             seen.append(mask)
         return mask
 
@@ -120,7 +120,7 @@ def sample_episodes(
         [task.eos_token_id],
         sampling=Sampling(temperature=policy.temperature),
         generator=generator,
-        allowed=_masks(task, rows, prompts, narrow, seen),
+        allowed=allowed_after(task, rows, prompts, narrow, seen),
     )
     steps = int(sampled.lengths.max())
     mask = torch.arange(steps, device=policy.device) < sampled.lengths[:, None]

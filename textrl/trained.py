@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,7 @@ import gymnasium as gym
 
 from .agent import Agent
 from .checkpoint import read_manifest
-from .flags import RUN, agent_class, check_env_id
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """What a finished run was: its agent, environment, model and seed.
-
-    Raises:
-        ValueError: for a folder that holds no run, or one that has not ended.
-    """
-    try:
-        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if "agent" not in run:
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
-    if not (folder / "final").is_dir():
-        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
-    return run
+from .flags import agent_class, check_env_id
 
 
 def trained_agent(folder: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:

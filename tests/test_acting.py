@@ -1,0 +1,88 @@
+"""How agents act outside their own environment: `predict` and `generate`, inside the masks that can be known."""
+
+import numpy as np
+import pytest
+import torch
+
+import textrl
+from textrl.policy import small_model
+
+
+class Halves(textrl.Task):
+    """The second half of a response may only repeat letters of the first; "b" is never the first."""
+
+    def __init__(self, prompts=("a", "ab")):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("abc"), max_new_tokens=4)
+        self._prompts = prompts
+
+    def prompts(self):
+        return [{"prompt": prompt, "banned": 2} for prompt in self._prompts]
+
+    def score(self, prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    def allowed_tokens(self, rows, responses):
+        allowed = np.ones((len(rows), 4), dtype=bool)
+        for i, row in enumerate(rows):
+            if responses[i, 0] == 4:
+                allowed[i, [0, row["banned"]]] = False
+            elif responses[i, 1] != 4:
+                allowed[i] = np.isin(np.arange(4), [0, *responses[i, :2]])
+        return allowed
+
+
+def loud_for(token):
+    """A model that would say one token always."""
+    model = small_model(4, 8)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(50 * model.transformer.wte.weight[token])
+    return model
+
+
+def test_predict_keeps_inside_the_masks_that_it_can_know():
+    task = Halves(prompts=("a",))
+    agent = textrl.Agent(textrl.TextEnv(task), loud_for(2), device="cpu")
+    env = textrl.TextEnv(task)  # not the agent's own
+    for deterministic in (True, False):
+        observation, _ = env.reset(seed=0)
+        for _ in range(4):
+            action, _ = agent.predict(observation, deterministic=deterministic)
+            assert env.action_masks()[action]
+            observation, _, ended, _, _ = env.step(action)
+            if ended:
+                break
+    start, _ = env.reset()
+    assert agent.predict(start, deterministic=True)[0] != 2
+    assert agent.predict(start, deterministic=True, action_masks=np.array([0, 0, 1, 0]))[0] == 2
+    both = np.stack([start, start])
+    masks = np.array([[False, True, False, False], [False, False, False, True]])
+    assert agent.predict(both, action_masks=masks)[0].tolist() == [1, 3]
+
+
+def test_masks_are_left_out_where_an_observation_does_not_say_which_hold():
+    free = textrl.Agent(textrl.TextEnv(Halves(prompts=("c",))), loud_for(2), device="cpu")
+    elsewhere, _ = textrl.TextEnv(Halves(prompts=("a",))).reset()
+    assert free.predict(elsewhere, deterministic=True)[0] == 2  # none of its task's prompts
+    agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")
+    start, _ = textrl.TextEnv(Halves(prompts=("ab",))).reset()
+    # "ab" begins with the prompt "a" too, of which it would be the response "b": what both allow is left
+    assert agent.predict(start, deterministic=True)[0] != 2
+
+
+def test_generate_keeps_inside_the_masks_of_the_tasks_own_prompts():
+    agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")
+    text = agent.generate(["a"], deterministic=True)[0]
+    assert text[0] != "b"
+    assert agent.generate(["bc"], deterministic=True) == ["bbbb"]  # nobody said what holds here
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [(np.ones(3), r"action_masks must be of shape \(1, 4\)"), (np.zeros(4), "at least one token in each row")],
+)
+def test_wrong_masks_are_refused(masks, message):
+    env = textrl.TextEnv(Halves())
+    agent = textrl.Agent(env, loud_for(2), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        agent.predict(env.reset()[0], action_masks=masks)

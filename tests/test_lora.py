@@ -1,0 +1,216 @@
+"""Adapters: one copy of the base weights, the reference as it was, files that peft reads."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import textrl
+from textrl.adapters import add_adapter, base_weights, has_adapter, lies_at, share_base, twin
+from textrl.agents import A2C, DPO, GRPO, NLPO, PPO, REINFORCE, SFT, TRPO
+from textrl.policy import CausalPolicy, small_model
+from textrl.rewards import RewardModel
+from textrl.rollout import batched_logprobs
+
+peft = pytest.importorskip("peft")
+
+
+class Letters(textrl.Task):
+    """How many b's; from two prompts."""
+
+    def __init__(self):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("abc"), max_new_tokens=4)
+
+    def prompts(self):
+        return [{"prompt": "a"}, {"prompt": ""}]
+
+    def score(self, prompts, completions, **columns):
+        return [float(text.count("b")) for text in completions]
+
+
+def lora(**settings):
+    return peft.LoraConfig(**{"r": 4, "lora_dropout": 0.1, "fan_in_fan_out": True, **settings})
+
+
+def environment(reference, kl_coef=0.1):
+    return textrl.TextVectorEnv(Letters(), num_envs=1, reference=reference, kl_coef=kl_coef)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=4, max_position_embeddings=8, bos_token_id=0, eos_token_id=0, **sizes)
+    return LlamaForCausalLM(config)
+
+
+def storage(*models):
+    """Numbers held by models, those in the same memory once."""
+    return sum({p.untyped_storage().data_ptr(): p.numel() for m in models for p in m.parameters()}.values())
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+AGENTS = [
+    (REINFORCE, {"baseline": "value"}),
+    (A2C, {}),
+    (PPO, {}),
+    (PPO, {"critic": "shared"}),
+    (TRPO, {}),
+    (GRPO, {}),
+    (NLPO, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), AGENTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_every_agent_learns_an_adapter_over_one_copy_of_the_base(kind, settings, tmp_path):
+    base = small_model(4, 8)
+    before = copy.deepcopy(base)
+    env = environment(base)
+    agent = kind(env, base, peft_config=lora(), learning_rate=1e-2, batch_size=16, **settings)
+    size = count(before)
+    assert storage(*agent.modules.values(), env.reference) < 1.1 * size
+    assert sum(p.numel() for p in agent.optimizer.parameters) < 0.1 * size
+    agent.learn(300)
+    rollout = agent.collect()
+    assert float((rollout.logprobs - rollout.ref_logprobs).abs().max()) > 0.05, "the adapter has moved"
+    expected = batched_logprobs(CausalPolicy(before, 4), rollout, 1000)
+    torch.testing.assert_close(rollout.ref_logprobs, expected, atol=1e-5, rtol=0)
+    for name, weight in base_weights(agent.model).items():
+        assert torch.equal(weight, dict(before.named_parameters())[name])
+    agent.save(tmp_path / "agent")
+    other = environment(copy.deepcopy(before))
+    again = kind.load(tmp_path / "agent", other)
+    assert storage(*again.modules.values(), other.reference) < 1.1 * size
+    assert set(again.modules) == set(agent.modules)
+    for name, module in agent.modules.items():
+        for one, two in zip(module.parameters(), again.modules[name].parameters(), strict=True):
+            assert torch.equal(one, two) and one.requires_grad == two.requires_grad, name
+    assert again.learn(100).num_timesteps > agent.num_timesteps
+
+
+@pytest.mark.parametrize("make", [lambda: small_model(4, 8), llama], ids=["gpt2", "llama"])
+def test_peft_and_transformers_read_what_is_saved(make, tmp_path):
+    base = make()
+    agent = PPO(environment(base), base, peft_config=lora(fan_in_fan_out=False), learning_rate=1e-2, batch_size=16)
+    agent.learn(200).save(tmp_path / "first")
+    shutil.move(tmp_path / "first", tmp_path / "agent")
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    with torch.no_grad():
+        expected = agent.model(tokens).logits
+        assert (base(tokens).logits - expected).abs().max() > 0.01
+        over_base = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "agent").eval()
+        torch.testing.assert_close(over_base(tokens).logits, expected)
+        ours = textrl.Agent(environment(base), str(tmp_path / "agent"))  # the base was saved with it, and moved with it
+        torch.testing.assert_close(ours.model(tokens).logits, expected)
+        agent.save(tmp_path / "stays")
+        for auto in (peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):
+            torch.testing.assert_close(auto.from_pretrained(tmp_path / "stays").eval()(tokens).logits, expected)
+
+
+def test_the_update_sees_the_policy_that_drew():
+    """An adapter's dropout is off as any other."""
+    base = small_model(4, 8)
+    agent = PPO(environment(base), base, peft_config=lora(lora_dropout=0.5, init_lora_weights=False), batch_size=16)
+    assert agent.update(agent.collect())["train/first_ratio_error"] < 1e-4
+
+
+def test_a_base_that_lies_on_disk_is_named_and_not_saved_again(tmp_path):
+    small_model(4, 8, seed=3).save_pretrained(tmp_path / "base-model")
+    name = str(tmp_path / "base-model")
+    env = environment(name)
+    agent = PPO(env, name, peft_config=lora(), batch_size=8)
+    assert storage(agent.model, agent.critic, env.reference) < 1.1 * count(env.reference)
+    agent.save(tmp_path / "agent")
+    assert not (tmp_path / "agent/base").exists()
+    said = json.loads((tmp_path / "agent/adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == name
+    assert agent.load(tmp_path / "agent", environment(name)).model is not None
+    with torch.no_grad():
+        next(iter(base_weights(agent.model).values())).add_(1)  # no longer what lies there
+    agent.save(tmp_path / "other")
+    assert (tmp_path / "other/base/model.safetensors").is_file()
+
+
+def test_a_model_with_an_adapter_learns_on_and_stays_the_reference():
+    task, base = Letters(), small_model(4, 8)
+    rows = [{"prompt": "a", "completion": "cc"}]
+    sft = SFT(textrl.TextEnv(task), base, peft_config=lora(), dataset=rows, learning_rate=1e-2, batch_size=8).learn(300)
+    start = copy.deepcopy(sft.model)
+    env = environment(sft.model)
+    agent = PPO(env, sft.model, learning_rate=1e-2, batch_size=16).learn(400)
+    rollout = agent.collect()
+    expected = batched_logprobs(CausalPolicy(start, 4), rollout, 1000)
+    torch.testing.assert_close(rollout.ref_logprobs, expected, atol=1e-5, rtol=0)
+    assert float((rollout.logprobs - rollout.ref_logprobs).abs().max()) > 0.05
+    assert float((expected - batched_logprobs(CausalPolicy(base, 4), rollout, 1000)).abs().max()) > 0.5
+    assert storage(agent.model, agent.critic, env.reference) < 1.2 * count(base)
+    with pytest.raises(ValueError, match="peft_config must be left out for a model that has an adapter"):
+        PPO(env, sft.model, peft_config=lora())
+
+
+def test_a_peft_model_is_a_model():
+    base = small_model(4, 8)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), lora(init_lora_weights=False))
+    env = environment(wrapped)
+    assert has_adapter(env.reference)
+    agent = GRPO(env, wrapped, learning_rate=1e-2, batch_size=16).learn(200)
+    learning = {name for name, p in agent.model.named_parameters() if p.requires_grad}
+    assert learning and all("lora_" in name for name in learning)
+    with pytest.raises(ValueError, match="model must have one adapter, and in its layers"):
+        prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        GRPO(environment(base), peft.get_peft_model(copy.deepcopy(base), prompt))
+
+
+def test_a_critic_from_a_reward_model_shares_that_models_weights():
+    base, tokenizer = small_model(4, 8), Letters().tokenizer
+    scorer = RewardModel.from_language_model(small_model(4, 8, seed=5), tokenizer)
+    agent = PPO(environment(base), base, peft_config=lora(), critic=scorer, batch_size=8)
+    assert storage(agent.critic, scorer.model) < 1.1 * count(scorer.model)
+    assert float(agent.value(agent.collect()).abs().max()) == 0
+    agent.learn(100)
+
+
+def test_dpo_without_a_reference_asks_the_model_as_it_starts():
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8
+    agent = DPO(textrl.TextEnv(Letters()), small_model(4, 8), peft_config=lora(), dataset=pairs, batch_size=8)
+    assert agent.update(agent.collect())["train/loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_run_with_an_adapter_goes_on_where_it_stopped(tmp_path):
+    def make():
+        base = small_model(4, 8)
+        return PPO(environment(base), base, peft_config=lora(), learning_rate=1e-2, batch_size=16)
+
+    whole = make().learn(600)
+    stopped = make()
+    stopped.learn(600, log_dir=tmp_path, checkpoint_every=1, callback=lambda agent, _: agent.num_timesteps < 300)
+    resumed = make().learn(600, log_dir=tmp_path, resume=True)
+    assert resumed.num_timesteps == whole.num_timesteps
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_weights_are_shared_only_where_they_are_equal():
+    model, other = add_adapter(small_model(4, 8), lora()), small_model(4, 8, seed=1)
+    assert not share_base(model, other)
+    assert storage(model, other) > 1.9 * count(other)
+    same = small_model(4, 8)
+    assert share_base(model, same)
+    assert storage(model, same) < 1.1 * count(same)
+    assert storage(model, twin(model)) < 1.2 * count(same)
+    assert not lies_at(same, "no/such/folder")
+
+
+def test_what_is_wrong_is_said():
+    base = small_model(4, 8)
+    with pytest.raises(ValueError, match="model and the environment's reference are one object"):
+        PPO(environment(base), base)
+    with pytest.raises(ValueError, match="peft_config must be a config of peft for adapters in layers"):
+        PPO(environment(base), base, peft_config={"r": 4})
+    with pytest.raises(ValueError, match="trainable_layers must be None for a model with an adapter"):
+        PPO(environment(base), base, peft_config=lora(), trainable_layers=1)

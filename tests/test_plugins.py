@@ -1,0 +1,57 @@
+"""Agents of other packages: found by the entry-point group `textrl.agents`, listed and trained by name."""
+
+import sys
+
+import pytest
+
+from textrl import cli
+from textrl.flags import agent_class, agent_classes
+
+CODE = '''"""Waits: learns nothing (Nobody 2026)."""
+
+import textrl
+
+
+class Waits(textrl.Agent):
+    def update(self, rollout):
+        return {"train/seen": float(len(rollout))}
+'''
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package with an agent, as pip would leave it: the module and its metadata on the path."""
+    site = tmp_path / "site"
+    (site / "waiting-1.0.dist-info").mkdir(parents=True)
+    (site / "waiting.py").write_text(CODE)
+    (site / "waiting-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: waiting\nVersion: 1.0\n")
+    (site / "waiting-1.0.dist-info/entry_points.txt").write_text("[textrl.agents]\nWaits = waiting:Waits\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "waiting", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_installed_agent_is_listed_and_trains_by_its_name(installed, tmp_path, capsys):
+    assert agent_classes()["Waits"] is agent_class("waits") is agent_class("waiting:Waits")
+    assert cli.main(["agents"]) == 0
+    assert "waits        Waits: learns nothing (Nobody 2026)." in capsys.readouterr().out
+    command = "train waits --env textrl/Copy-v0 --total-timesteps 10 --batch-size 4 --log-dir run --quiet"
+    assert cli.main(command.split()) == 0
+    assert cli.main(["evaluate", "run", "--episodes", "5"]) == 0
+    assert (tmp_path / "run/final/agent.json").exists()
+
+
+def test_without_the_package_the_agent_is_unknown(capsys):
+    assert "Waits" not in agent_classes()
+    assert cli.main(["train", "waits", "--env", "textrl/Copy-v0"]) == 2
+    assert "unknown agent 'waits'" in capsys.readouterr().err
+
+
+def test_a_package_that_breaks_is_named_and_the_others_work(installed, tmp_path, capsys):
+    (tmp_path / "site/waiting.py").write_text("raise RuntimeError('out of order')\n")
+    assert cli.main(["agents"]) == 0
+    found = capsys.readouterr()
+    assert "ppo " in found.out and "waits" not in found.out
+    assert "warning: agent 'waiting:Waits' cannot be imported: out of order" in found.err
+    assert cli.main(["train", "waits", "--env", "textrl/Copy-v0"]) == 2
+    assert capsys.readouterr().err == "textrl: error: agent 'waiting:Waits' cannot be imported: out of order\n"

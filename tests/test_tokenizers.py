@@ -1,0 +1,101 @@
+"""A policy, a critic and a reward model with a tokenizer each."""
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import textrl
+from textrl.agents import PPO
+from textrl.offline import given_rollout
+from textrl.policy import small_model, value_model, values_at
+from textrl.rewards import RewardModel
+from textrl.textcritic import TextCritic, same_tokenizer
+
+
+class Pairs(textrl.Task):
+    """How often "ab" comes."""
+
+    def __init__(self, score=None):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("abc"), max_new_tokens=4)
+        self._score = score
+
+    def prompts(self):
+        return [{"prompt": "a"}, {"prompt": ""}]
+
+    def score(self, prompts, completions, **columns):
+        return self._score(prompts=prompts, completions=completions) if self._score else [0.0] * len(prompts)
+
+
+def merging_tokenizer():
+    """Says "ab" as one token, and letters by other ids than the task's."""
+    vocab = {"<end>": 0, "c": 1, "b": 2, "a": 3, "ab": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+
+
+def loud_critic(vocab):
+    """A scalar model that says something else after every text."""
+    critic = value_model(small_model(vocab, 12, seed=1), seed=2, std=1.0)
+    with torch.no_grad():
+        for parameter in critic.transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    return critic
+
+
+def rollout_of(task, responses):
+    return given_rollout(task, [[0, 1]] * len(responses), responses, torch.device("cpu"))
+
+
+def test_a_critic_reads_the_text_so_far_with_its_own_tokens():
+    task, model = Pairs(), loud_critic(5)
+    critic = TextCritic(model, merging_tokenizer(), task)
+    found = critic(rollout_of(task, [[2, 3, 1, 2], [1, 0]]))  # "a" + "bcab", "a" + "a"
+    # before each token the text is a, ab, abc, abca; in the critic's words (the begin token first):
+    # "a" is no whole token of "ab|c|ab": the critic stands at the begin; then ab; ab c; ab c still
+    whole = torch.tensor([[0, 4, 1, 4]])
+    with torch.no_grad():
+        expected = values_at(model, whole, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 2, 2]))
+        second = values_at(model, torch.tensor([[0, 3, 3]]), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 2]))
+    torch.testing.assert_close(found[0].detach(), expected)
+    torch.testing.assert_close(found[1, :2].detach(), second)
+    assert found[1, 2:].tolist() == [0, 0]
+    assert len(set(expected[:3].tolist())) == 3
+
+
+def test_the_critic_of_ppo_keeps_the_reward_models_tokenizer(tmp_path):
+    tokenizer = merging_tokenizer()
+    scorer = RewardModel(loud_critic(5), tokenizer)
+    env = textrl.TextEnv(Pairs(scorer))
+    agent = PPO(env, small_model(4, 8), critic=scorer, batch_size=32, learning_rate=1e-2, device="cpu")
+    assert isinstance(agent.value, TextCritic)
+    assert agent.critic.config.vocab_size == 5
+    start = copy.deepcopy(agent.critic.state_dict())
+    rollout = agent.collect()
+    losses = [agent.update(rollout)["train/value_loss"] for _ in range(8)]
+    assert losses[-1] < 0.5 * losses[0], "it learns what its texts are worth"
+    assert any(not torch.equal(start[name], weight) for name, weight in agent.critic.state_dict().items())
+    agent.save(tmp_path / "agent")
+    again = PPO.load(tmp_path / "agent", env, critic=scorer)
+    torch.testing.assert_close(again.value(rollout), agent.value(rollout))
+    shared = PPO(env, small_model(4, 8), critic=RewardModel(loud_critic(4), env.task.tokenizer), device="cpu")
+    assert not isinstance(shared.value, TextCritic)
+
+
+def test_a_reward_model_with_another_tokenizer_gets_text():
+    scorer = RewardModel(loud_critic(5), merging_tokenizer())
+    env = textrl.TextEnv(Pairs(scorer))
+    agent = PPO(env, small_model(4, 8), batch_size=16, device="cpu")
+    rollout = agent.collect()
+    prompts = [row["prompt"] for row in rollout.rows]
+    assert rollout.scores.tolist() == pytest.approx(scorer(prompts, rollout.completions), abs=1e-5)
+    assert scorer.encode(["abc"]) == [[0, 4, 1, 0]]
+
+
+def test_tokenizers_are_compared_by_what_they_do():
+    assert same_tokenizer(textrl.symbol_tokenizer("abc"), textrl.symbol_tokenizer("abc"))
+    assert not same_tokenizer(textrl.symbol_tokenizer("abc"), textrl.symbol_tokenizer("acb"))
+    assert not same_tokenizer(textrl.symbol_tokenizer("abc"), merging_tokenizer())

@@ -1,0 +1,163 @@
+"""How an agent acts: in its environment, on an observation, on prompts; always inside the action masks it can know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .config import check
+from .generation import Sampling, draw, generate
+from .rollout import Rollout, allowed_after, both_masks, collect_sampled
+from .stepping import collect_stepped, is_bare
+from .stepwise import StepwiseLM
+from .task import Row, Task
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+Masks = NDArray[np.bool_] | None
+"""(N, V): the tokens to draw from; None: all."""
+
+
+def collect(agent: Agent) -> Rollout:
+    """Fresh episodes of an agent's environment: sampled whole, or stepped where somebody wrapped it."""
+    size = -(-agent.config.batch_size // agent.group_size) * agent.group_size
+    if is_bare(agent.env):
+        return collect_sampled(
+            agent.base,
+            agent.policy,
+            size,
+            rng=agent.rng,
+            generator=agent.generator,
+            group_size=agent.group_size,
+            tokens_at_once=agent.config.max_tokens_per_microbatch,
+            narrow=agent.narrow if agent.narrows else None,
+        )
+    if agent.group_size > 1:
+        raise ValueError(
+            f"{type(agent).__name__} draws {agent.group_size} responses to each prompt, which a wrapped environment"
+            " cannot be asked for: pass the environment itself"
+        )
+    attached = agent.env.unwrapped is agent.base
+    if attached:
+        agent.base.policy = agent.stepper
+    seed = int(agent.rng.integers(2**31)) if agent.num_updates == 0 else None
+    missing = 0.0 if attached or agent.base.reference is None else agent.base.kl_coef
+
+    def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
+        return in_environment(agent, observations)
+
+    return collect_stepped(agent.env, agent.task, act, size, device=agent.device, seed=seed, missing_penalty=missing)
+
+
+def in_environment(
+    agent: Agent, observations: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
+    """Tokens for the observations the environment shows now, their log-probabilities, and the masks that held."""
+    masks = None
+    if agent.task.masked:
+        asked = (
+            agent.env.get_wrapper_attr("action_masks") if isinstance(agent.env, gym.Env) else agent.base.action_masks
+        )
+        masks = np.atleast_2d(asked())
+    masks = _narrowed(agent, masks, observations)
+    tokens, logprobs = _draw(agent, agent.stepper(observations), masks)
+    return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+
+
+def on_observation(
+    agent: Agent, observation: NDArray[np.int64], deterministic: bool, action_masks: NDArray[Any] | None
+) -> Any:
+    """One token for an observation (L,), or one for each of (N, L), whatever the environment shows now."""
+    observations = np.atleast_2d(np.asarray(observation))
+    shape = (len(observations), agent.task.vocab_size)
+    masks = known_masks(agent.task, observations)
+    if action_masks is not None:
+        masks = np.atleast_2d(np.asarray(action_masks)).astype(np.bool_)
+        check("action_masks", masks.shape, masks.shape == shape, f"of shape {shape}")
+        check("action_masks", action_masks, bool(masks.any(1).all()), "masks with at least one token in each row")
+    stepper = StepwiseLM(agent.policy, agent.task.vocab_size)
+    masks = _narrowed(agent, masks, observations)
+    actions = _draw(agent, stepper(observations), masks, deterministic)[0].cpu().numpy()
+    return actions if np.ndim(observation) == 2 else actions[0]
+
+
+def on_prompts(agent: Agent, prompts: list[str], max_new_tokens: int | None, sampling: Sampling) -> list[str]:
+    """One response to each prompt, as text."""
+    check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
+    task, steps = agent.task, max_new_tokens or agent.task.max_new_tokens
+    rows = [_row_of(task, prompt) for prompt in prompts]
+    encoded = [task.encode(row) for row in rows]
+    narrow = agent.narrow if agent.narrows else None
+    known = task.rows is None or all(row in task.rows for row in rows)
+    fits = known and steps <= task.max_new_tokens  # the masks are about the task's own prompts and length
+    sampled = generate(
+        agent.policy,
+        encoded,
+        steps,
+        [task.eos_token_id],
+        sampling=sampling,
+        generator=agent.generator,
+        allowed=allowed_after(task, rows, encoded, narrow) if fits else None,
+    )
+    lengths = sampled.lengths.tolist()
+    return task.decode([r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)])
+
+
+def allowed_at(batch: Rollout) -> Tensor | None:
+    """The action masks of the n agent tokens of a batch, (n, V), or None."""
+    return None if batch.allowed is None else batch.allowed[batch.action_mask]
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def known_masks(task: Task, observations: NDArray[np.int64]) -> Masks:
+    """The task's masks at observations (N, L), where their tokens say which row and which response they are.
+
+    An observation does not say where its prompt ends, nor what other columns its row has. Among finitely many prompts
+    those that it begins with can be found; what all of them allow, or else any of them, is what is known.
+    """
+    if not task.masked or task.rows is None:
+        return None
+    prompts = [task.encode(row) for row in task.rows]
+    masks = np.ones((len(observations), task.vocab_size), dtype=np.bool_)
+    for i, observation in enumerate(observations):
+        fitting = [k for k, ids in enumerate(prompts) if np.array_equal(observation[: len(ids)], ids)]
+        responses = [_response(task, observation, len(prompts[k])) for k in fitting]
+        kept = [(task.rows[k], each) for k, each in zip(fitting, responses, strict=True) if each is not None]
+        if not kept:
+            continue
+        found = task.allowed_tokens([row for row, _ in kept], np.stack([each for _, each in kept]))
+        if found is not None:
+            found = np.asarray(found, dtype=np.bool_)
+            masks[i] = found.all(0) if found.all(0).any() else found.any(0)
+    return masks
+
+
+def _response(task: Task, observation: NDArray[np.int64], start: int) -> NDArray[np.int64] | None:
+    """An unfinished response (T,) that begins at a column; None where the observation is none."""
+    written = int((observation != task.vocab_size).sum()) - start
+    response = observation[start : start + task.max_new_tokens]
+    unfinished = written < task.max_new_tokens and task.eos_token_id not in response[:written]
+    return response if unfinished else None
+
+
+def _row_of(task: Task, prompt: str) -> Row:
+    """The task's row with this prompt, or one with nothing else."""
+    return next((row for row in task.rows or () if row["prompt"] == prompt), {"prompt": prompt})
+
+
+def _narrowed(agent: Agent, masks: Masks, observations: NDArray[np.int64]) -> Masks:
+    return both_masks(masks, agent.narrow(observations)) if agent.narrows else masks
+
+
+def _draw(agent: Agent, logits: Tensor, masks: Masks, greedy: bool = False) -> tuple[Tensor, Tensor]:
+    uniforms = torch.rand(len(logits), generator=agent.generator).to(logits.device)
+    forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
+    return draw(logits, uniforms, Sampling(agent.base.temperature, greedy=greedy), forbidden)

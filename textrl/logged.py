@@ -1,0 +1,102 @@
+"""`textrl collect` and `textrl ope`: logged episodes written by one policy, and what they say about another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+from .flags import check_env_id, parse_env_args, read_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_parsers(commands: Any) -> None:
+    """Adds the two commands."""
+    collect = commands.add_parser("collect", help="play episodes and write them as a Minari dataset")
+    collect.add_argument("--dataset", required=True, metavar="NEW", help="folder or Minari id to write")
+    collect.add_argument("--episodes", type=int, default=1000, help="how many (default: %(default)s)")
+    collect.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: %(default)s)")
+    _policy_flags(collect, "who plays")
+    collect.set_defaults(run=collect_episodes)
+    ope = commands.add_parser("ope", help="evaluate a policy on logged episodes, without playing")
+    ope.add_argument("--dataset", required=True, metavar="LOGGED", help="Minari folder or id, or a file of rows")
+    ope.add_argument("--penalised", action="store_true", help="score - kl_coef * KL in place of the score")
+    ope.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    ope.add_argument("--json", action="store_true", help="print JSON")
+    _policy_flags(ope, "who is evaluated")
+    ope.set_defaults(run=evaluate_logged)
+
+
+def _policy_flags(parser: argparse.ArgumentParser, who: str) -> None:
+    parser.add_argument("folder", metavar="RUN", nargs="?", help=f"{who}: the agent of a run's --log-dir; or")
+    parser.add_argument("--env", metavar="ID", help="an environment, with")
+    parser.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
+    parser.add_argument("--env-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of --env")
+    parser.add_argument("--reference", help="folder or hub name of the frozen reference")
+    parser.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty (default: %(default)s)")
+    parser.add_argument("--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt")
+
+
+def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | str]:
+    """The environment and the policy that a user named: those of a run, or an id and a model.
+
+    Raises:
+        ValueError: for both, neither, or a run that is none or did not end.
+    """
+    from .policy import small_model
+    from .stepping import base_env
+
+    if (options.folder is None) == (options.env is None):
+        raise ValueError("either RUN or --env must be given, and not both; textrl envs lists the environments")
+    if options.folder is None:
+        kwargs = parse_env_args(options.env_arg)
+        if options.prompts is not None:
+            kwargs["prompts"] = options.prompts
+        kwargs |= {"reference": options.reference, "kl_coef": options.kl_coef}
+        env = gym.make_vec(check_env_id(options.env), num_envs=1, **kwargs)
+        task = base_env(env).task
+        length = task.max_prompt_tokens + task.max_new_tokens
+        return env, options.model or small_model(task.vocab_size, length)
+    for name in ("model", "env_arg", "reference", "kl_coef", "prompts"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with --env; a RUN has its own")
+    folder = Path(options.folder)
+    run = read_run(folder)
+    return gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"]), str(folder / "final")
+
+
+def collect_episodes(options: argparse.Namespace) -> None:
+    """Writes the dataset and says where it is."""
+    from .episodes import collect
+    from .policy import few_threads, load_model
+
+    env, model = env_and_model(options)
+    loaded = load_model(model)
+    with few_threads(loaded):
+        dataset = collect(env, loaded, options.episodes, options.dataset, options.seed)
+    print(f"wrote {dataset.total_episodes} episodes, {dataset.total_steps} tokens: {options.dataset}")
+
+
+def evaluate_logged(options: argparse.Namespace) -> None:
+    """Prints each estimator with its confidence interval, and whether the batch can tell."""
+    from .episodes import logged_source
+    from .ope import ope
+
+    env, model = env_and_model(options)
+    source = logged_source(options.dataset)
+    found = ope(source, model, env, penalised=options.penalised, confidence=options.confidence)
+    if options.json:
+        estimates = {name: vars(each) for name, each in found.estimates.items()}
+        print(json.dumps({**vars(found), "estimates": estimates, "can_tell": found.can_tell}, indent=2))
+        return
+    print(f"{'logged policy':<22} {found.logged:8.4f}")
+    for name, each in found.estimates.items():
+        print(f"{name:<22} {each.value:8.4f}  [{each.low:.4f}, {each.high:.4f}]")
+    print(f"{'effective sample size':<22} {found.effective_sample_size:8.1f}  of {found.episodes}")
+    if not found.can_tell:
+        print("too few episodes count for these intervals to mean anything: this batch cannot tell")
