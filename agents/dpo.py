@@ -116,8 +116,9 @@ class DPO(Agent):
         self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
         self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
         held = round(self.config.held_out * len(self._pairs))
+        held = held if held >= FEWEST else 0
         order = torch.randperm(len(self._pairs), generator=torch.Generator().manual_seed(self.config.seed))
-        self._held, self._learned = order.split([held, len(order) - held]) if held >= FEWEST else (order[:0], order)
+        self._held, self._learned = order[:held], order[held:]
         self._epochs = Epochs(len(self._learned), self.generator)
         self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
         self.best_loss = self.held_out_loss = math.inf
