@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checkpoint, loop
+from .arguments import check_observations
 from .config import AgentConfig as AgentConfig
+from .config import as_path, make_config
 from .config import check as check
-from .config import make_config
+from .failures import ask_as_configured
 from .files import read_rows
 from .generation import Sampling, draw, generate
 from .loop import Callback
@@ -35,7 +37,7 @@ from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
 from .stepping import collect_stepped
 from .stepping import is_bare as is_bare
-from .stepwise import StepwiseLM
+from .stepwise import StepwiseLM, check_positions, longest_text
 from .task import Task
 from .trunk import frozen_blocks
 
@@ -100,12 +102,14 @@ class Agent:
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
+        self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes
         self.call: dict[str, Any] | None = None  # of `learn`: how far it goes, and what it has saved
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
         if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
             self.base.reference.to(self.device)
+        ask_as_configured(self)
         self.build()
         self.optimizer = Optimizer(
             trainable(*self.modules.values()),
@@ -122,12 +126,7 @@ class Agent:
         loaded = load_model(model, self.tokenizer)
         if loaded is self.base.reference:
             raise ValueError("model and the environment's reference are one object: pass copy.deepcopy(model) as one")
-        limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and limit < length:
-            raise ValueError(
-                f"model reads at most {limit} tokens, but the task's prompt and response need {length}:"
-                " lower max_prompt_tokens or max_new_tokens"
-            )
+        check_positions("model", loaded, self.task)
         parameters = sum(p.numel() for p in loaded.parameters())
         return loaded.to(device=self.device, dtype=pick_dtype(self.config.dtype, self.device, parameters))
 
@@ -266,7 +265,8 @@ class Agent:
             the agent.
 
         Raises:
-            TrainingError: when loss or gradient are not finite three times in a row.
+            ScoreError: when the score of a response fails, unless `on_score_error` is "drop".
+            TrainingError: when loss or gradient are not finite three times in a row, or too many scores fail.
         """
         run = loop.Run(
             log_dir=log_dir,
@@ -316,7 +316,7 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[Any, None]:
         """The action for an observation, (L,) or (N, L), as in Stable-Baselines3: (action, None)."""
-        observations = np.atleast_2d(np.asarray(observation))
+        observations = check_observations(observation, self.base.observation_space.shape[-1], self.task.vocab_size)
         stepper = StepwiseLM(self.policy, self.task.vocab_size)
         logits = stepper(observations)
         uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)
@@ -345,11 +345,17 @@ class Agent:
             deterministic: the most probable token always.
         """
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
+        new = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        check("max_new_tokens", new, isinstance(new, int) and new >= 1, "a whole number of at least 1")
+        check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
         sampling = Sampling(temperature or self.base.temperature, top_k, top_p, greedy=deterministic)
+        ids = [self.task.encode({"prompt": prompt}) for prompt in prompts]
+        room = longest_text(self.model) - max(map(len, ids))
+        check("max_new_tokens", new, new <= room, f"at most {room}: the model reads no longer text")
         sampled = generate(
             self.policy,
-            [self.task.encode({"prompt": prompt}) for prompt in prompts],
-            max_new_tokens or self.task.max_new_tokens,
+            ids,
+            new,
             [self.task.eos_token_id],
             sampling=sampling,
             generator=self.generator,
@@ -361,7 +367,7 @@ class Agent:
 
     def save(self, folder: str | Path) -> None:
         """Writes the policy (loadable with `from_pretrained`), the tokenizer, every other module and the settings."""
-        checkpoint.save_agent(self, Path(folder))
+        checkpoint.save_agent(self, as_path("folder", folder))
 
     @classmethod
     def load(cls, folder: str | Path, env: AnyEnv, **settings: Any) -> Self:
@@ -370,7 +376,7 @@ class Agent:
         Raises:
             ValueError: for a folder without an agent of this class.
         """
-        return checkpoint.load_agent(cls, Path(folder), env, settings)
+        return checkpoint.load_agent(cls, as_path("folder", folder), env, settings)
 
 
 def allowed_at(batch: Rollout) -> Tensor | None:

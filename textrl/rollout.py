@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .asking import AllDropped
 from .env import TextEnv
 from .generation import Sampling, generate
 from .policy import CausalPolicy, alike
@@ -44,6 +45,8 @@ class Rollout:
         drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again
             because the dtype is below float32.
         group_size: samples of one prompt that stand next to each other.
+        groups: (B,) int64, which of these each episode belongs to, where some were dropped; else None.
+        dropped: what was wrong with the scores of episodes that were left out, one message each.
     """
 
     tokens: Tensor
@@ -63,6 +66,8 @@ class Rollout:
     below: Tensor | None = None
     drift: float = 0.0
     group_size: int = 1
+    groups: Tensor | None = None
+    dropped: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         """B, the number of episodes."""
@@ -85,6 +90,11 @@ class Rollout:
         columns = self.prompt_lengths[:, None] + torch.arange(self.action_mask.shape[1], device=self.tokens.device)
         found = self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
         return torch.where(self.action_mask, found, 0)
+
+    @property
+    def grouping(self) -> int | Tensor:
+        """What `returns.leave_one_out` takes: how many samples a prompt has, or (B,) which of them are one prompt's."""
+        return self.group_size if self.groups is None else self.groups
 
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the n agent tokens stand: rows (n,), the columns (n,) that predict them, the tokens (n,)."""
@@ -111,7 +121,7 @@ class Rollout:
                 elif part.ndim > 1:
                     part = part[:, :steps]
                 changes[each.name] = part
-            elif isinstance(value, list):
+            elif isinstance(value, list) and each.name != "dropped":
                 changes[each.name] = [value[i] for i in indices.tolist()] if value else []
         return replace(self, **changes)
 
@@ -131,6 +141,20 @@ class Rollout:
         if self.drift:
             out["rollout/logprob_drift"] = torch.tensor(self.drift)
         return {key: float(value) for key, value in out.items() if not value.isnan()}
+
+
+def without(rollout: Rollout, faults: Mapping[int, str]) -> Rollout:
+    """The episodes whose scores did not fail; `faults` says by their places which did, and why.
+
+    Raises:
+        AllDropped: where none is left.
+    """
+    if len(faults) == len(rollout):
+        raise AllDropped(list(faults.values()))
+    every = torch.arange(len(rollout), device=rollout.tokens.device)
+    kept = every[[i not in faults for i in range(len(rollout))]]
+    left = rollout.select(kept, rollout.group_size)
+    return replace(left, groups=kept // rollout.group_size, dropped=list(faults.values()))
 
 
 def pad_responses(
@@ -253,9 +277,15 @@ def collect_sampled(
         narrow: the agent's own masks, if it has any.
     """
     rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
-    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once, narrow=narrow)
-    rollout.group_size = group_size
-    return rollout
+    return sample_episodes(
+        env,
+        policy,
+        rows,
+        generator=generator,
+        tokens_at_once=tokens_at_once,
+        narrow=narrow,
+        group_size=group_size,
+    )
 
 
 def sample_episodes(
@@ -266,6 +296,7 @@ def sample_episodes(
     generator: torch.Generator,
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
+    group_size: int = 1,
 ) -> Rollout:
     """Samples one whole response to each row; the reference and the score are asked once for the batch.
 
@@ -278,6 +309,10 @@ def sample_episodes(
         generator: draws the tokens.
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
+        group_size: so many rows next to each other are the same.
+
+    Raises:
+        ScoreError: where the score fails; where `task.asking` says to drop such responses, only if it fails for all.
     """
     task = env.task
     prompts = [task.encode(row) for row in rows]
@@ -312,15 +347,19 @@ def sample_episodes(
         rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)
     scores = task.evaluate(rows, ids, completions)
     rollout.scores = torch.from_numpy(scores.totals).float().to(policy.device)
+    rollout.group_size = group_size
+    if scores.faults:
+        rollout = without(rollout, scores.faults)
+        scores = scores.without_faults()
     if scores.tokens is None:
-        rollout.rewards.scatter_(1, sampled.lengths[:, None] - 1, rollout.scores[:, None])
+        rollout.rewards.scatter_(1, rollout.response_lengths[:, None] - 1, rollout.scores[:, None])
     else:
         rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(policy.device))
     if policy.frozen_blocks:
         rollout.below = lower_states(policy, rollout, tokens_at_once)
     if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
         batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
-        rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), mask))
+        rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
         rollout.logprobs = batched
     if env.reference is not None:
         reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
