@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | doctor | rlhf`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from .checkup import doctor_parser
+from .config import make_config
 from .flags import Parser, agent_class, check_env_id, parse_config, parse_env_args
 from .listing import list_agents, list_envs
 from .render import escape
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: default: those of the process.
 
     Returns:
-        0, or 2 with one line on stderr for what the user got wrong.
+        0; 1 where `doctor` finds a fault; or 2 with one line on stderr for what the user got wrong.
     """
     parser = Parser(prog="textrl", description="Text generation as reinforcement learning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -43,24 +45,25 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=12345, help="of prompts and samples (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=evaluate_run)
+    doctor_parser(commands)
     _rlhf_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     try:
         if rest and options.command not in ("train", "rlhf"):
             raise ValueError(f"unknown argument {rest[0]!r}; see textrl {options.command} --help")
         options.rest = rest
-        if options.command in ("train", "evaluate", "rlhf"):
+        if options.command in ("train", "evaluate", "doctor", "rlhf"):
             quiet_libraries()
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
-            options.run(options)
+            code = options.run(options)
     except (ValueError, OSError, gym.error.Error, ImportError) as error:
         sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2
     except KeyboardInterrupt as error:
         sys.stderr.write(f"textrl: interrupted{f'; {error}' if str(error) else ''}\n")
         return 130
-    return 0
+    return code or 0
 
 
 def one_line(message: object) -> str:
@@ -168,9 +171,10 @@ def train_agent(options: argparse.Namespace) -> None:
 def make_agent(run: dict[str, Any]) -> Agent:
     """The agent of a run as it was when the run began."""
     cls = agent_class(run["agent"])
-    env = gym.make_vec(check_env_id(run["env"]), num_envs=run["config"]["batch_size"], **run["env_kwargs"])
+    config = make_config(cls.config_class, None, run["config"])
+    env = gym.make_vec(check_env_id(run["env"]), num_envs=config.batch_size, **run["env_kwargs"])
     extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
-    return cls(env, run["model"], cls.config_class(**run["config"]), **extra)
+    return cls(env, run["model"], config, **extra)
 
 
 def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> None:
@@ -187,14 +191,26 @@ def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> 
     print(f"saved {folder / 'final'}; textrl evaluate {folder} scores it")
 
 
-def resume_run(folder: Path, quiet: bool) -> None:
-    """Goes on with a run that was stopped."""
+def read_run(called: str, folder: Path) -> dict[str, Any]:
+    """What `run.json` in a run's folder says; `called` is the argument that the folder is.
+
+    Raises:
+        ValueError: where there is none, or it is of another kind.
+    """
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if "total_timesteps" not in run:
-        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
+    whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
+    if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    return run
+
+
+def resume_run(folder: Path, quiet: bool) -> None:
+    """Goes on with a run that was stopped."""
+    run = read_run("--resume", folder)
     if (folder / "final").is_dir():
         print(f"{folder} is finished; textrl evaluate {folder} scores it")
         return
@@ -212,10 +228,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    try:
-        run = json.loads((folder / RUN).read_text())
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    run = read_run("RUN", folder)
     if not (folder / "final").is_dir():
         raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
@@ -239,9 +252,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
 def load_for_evaluation(cls: type[Agent], folder: Path, env: Any, seed: int) -> Agent:
     """The saved policy under the plain `Agent`: what an agent needs only to learn is left on disk."""
     from .agent import Agent
-    from .checkpoint import read_manifest
+    from .checkpoint import verify
 
-    manifest = read_manifest(folder)
+    manifest = verify(folder)
     if manifest["agent"] != cls.__name__:
         raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
     return Agent(env, str(folder), seed=seed, dtype=manifest["config"]["dtype"])
