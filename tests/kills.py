@@ -1,8 +1,8 @@
 """Runs of every agent killed with SIGKILL at random moments and resumed: `python tests/kills.py --kills 50`.
 
-A run is `textrl train` in a process of its own, forked from one that has imported everything, so that it is killed where
-it works and not where it imports. What must come out is what the run would have written had nobody killed it: the same
-weights and the same rows, byte for byte, with every checkpoint on the way readable.
+A run is `textrl train` in a process of its own, forked from one that has imported everything, so that it is killed
+where it works and not where it imports. What must come out is what the run would have written had nobody killed it: the
+same weights and the same rows, byte for byte, with every checkpoint on the way readable.
 """
 
 import argparse
@@ -101,7 +101,9 @@ def kill_runs(agent, runs, folder, seed=0):
             kills += finish(pid) == -signal.SIGKILL
             wrong += [f"run {number}: {each}" for each in unreadable(run)]
         resumed += bool(Checkpoints(run, 2).steps())
-        code = finish(start(["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors))
+        code = finish(
+            start(["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors)
+        )
         if code or outcome(run) != right:
             wrong.append(f"run {number}: exit code {code}, other bytes")
     said = errors.read_text() if errors.exists() else ""

@@ -131,6 +131,9 @@ def load_model(
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    from .checkpoint import verify_if_ours
+
+    verify_if_ours(Path(name))
     register_tabular()
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
