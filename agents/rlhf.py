@@ -114,7 +114,7 @@ class _Run:
 
     def __init__(self, config: RLHFConfig) -> None:
         self.config, self.folder = config, Path(config.log_dir)
-        self._seconds = self._claim()
+        self._seconds = self._found()
         source = config.model or str(fetch.smollm2())
         base = load_model(source)
         parameters = sum(p.numel() for p in base.parameters())
@@ -123,14 +123,24 @@ class _Run:
         self.base: PreTrainedModel = base.to(self.device, self.dtype)
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
+        self._claim()
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
         print(self.about, flush=True)
 
-    def _claim(self) -> dict[str, float]:
-        """Writes the settings into the folder, or checks that those there are the same; the seconds so far."""
-        file = self.folder / RUN
+    def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
         del settings["log_dir"]
+        return settings
+
+    def _claim(self) -> None:
+        """Writes the settings into a new folder."""
+        if not (self.folder / RUN).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
+
+    def _found(self) -> dict[str, float]:
+        """The seconds that the steps in the folder took; checks that their settings are the same."""
+        file, settings = self.folder / RUN, self._settings()
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
             changed = sorted(k for k in settings if found["config"].get(k) != settings[k])
@@ -140,8 +150,6 @@ class _Run:
                     " choose a new folder, or the same settings to go on"
                 )
             return dict(found["seconds"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(file, {"config": settings, "seconds": {}})
         return {}
 
     def step(self, number: int, step: Callable[[Path], None]) -> None:
