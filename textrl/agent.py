@@ -316,7 +316,7 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[Any, None]:
         """The action for an observation, (L,) or (N, L), as in Stable-Baselines3: (action, None)."""
-        observations = check_observations(observation, self.base.observation_space.shape[-1], self.task.vocab_size)
+        observations = check_observations(observation, self.task)
         stepper = StepwiseLM(self.policy, self.task.vocab_size)
         logits = stepper(observations)
         uniforms = torch.rand(len(observations), generator=self.generator).to(logits.device)

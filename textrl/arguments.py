@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .render import RENDER_MODES
 from .scores import shorten
-from .task import Row
+from .task import Row, Task
 
 
 def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
@@ -121,12 +121,13 @@ def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.in
     return ids
 
 
-def check_observations(observations: Any, width: int, vocab_size: int) -> NDArray[np.int64]:
-    """Observations as (N, L) int64, from (N, L) or (L,).
+def check_observations(observations: Any, task: Task) -> NDArray[np.int64]:
+    """Observations of a task as (N, L) int64, from (N, L) or (L,).
 
     Raises:
         ValueError: for another shape, what is no token id, or a row in which nothing is written.
     """
+    width, vocab_size = task.max_prompt_tokens + task.max_new_tokens, task.vocab_size
     array = np.asarray(observations)
     fits = array.ndim in (1, 2) and array.shape[-1] == width and array.dtype.kind in "iu"
     if not fits:

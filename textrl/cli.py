@@ -198,7 +198,7 @@ def read_run(called: str, folder: Path) -> dict[str, Any]:
         ValueError: where there is none, or it is of another kind.
     """
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
     kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}

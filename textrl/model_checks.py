@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .agent import allowed_at
+from .generation import NotFinite
 from .kl import full_kl, k1, k3
 from .patient import Fault, Patient
 from .policy import CausalPolicy
@@ -16,9 +17,13 @@ from .policy import CausalPolicy
 
 def finite(patient: Patient) -> str:
     """The model gives numbers at all."""
-    logits = patient.logits(patient.policy, 1.0)
+    fault = Fault("the model's logits are not finite", 'other weights, or dtype="float32"')
+    try:
+        logits = patient.logits(patient.policy, 1.0)
+    except NotFinite:  # nothing could be sampled
+        raise fault from None
     if not bool(logits.isfinite().all()):
-        raise Fault("the model's logits are not finite", 'other weights, or dtype="float32"')
+        raise fault
     return f"{logits.shape[0]} states, logits from {float(logits.min()):.3g} to {float(logits.max()):.3g}"
 
 
