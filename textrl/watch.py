@@ -99,4 +99,4 @@ class Watch:
         """Warns once a sign was there often enough in a row; after that never again."""
         self.rows[name] = self.rows.get(name, 0) + 1 if shown or self.rows.get(name, 0) >= enough else 0
         if self.rows[name] == enough:
-            warnings.warn(message, TrainingWarning, stacklevel=5)
+            warnings.warn(message, TrainingWarning, stacklevel=6)
