@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check, is_bare
+from textrl.asking import AllDropped
 from textrl.rollout import Rollout, sample_episodes
 from textrl.task import Row
 
@@ -38,8 +39,15 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_groups(scores: Tensor, n: int) -> Tensor:
-    """The index of the highest score of each n next to each other, the first of ties: (B n,) -> (B,)."""
+def best_of_groups(scores: Tensor, n: int | Tensor) -> Tensor:
+    """The index of the highest score of each n next to each other, the first of ties: (B n,) -> (B,).
+
+    In place of n may stand which samples belong together, (B n,), rising; a group without samples has no best.
+    """
+    if isinstance(n, Tensor):
+        starts = [int((n == group).nonzero()[0, 0]) for group in sorted(set(n.tolist()))]
+        best = [start + int(scores[n == n[start]].argmax()) for start in starts]
+        return torch.tensor(best, device=scores.device)
     groups = scores.view(-1, n)
     return groups.argmax(1) + torch.arange(len(groups), device=scores.device) * n
 
@@ -57,8 +65,9 @@ class BestOfN(Agent):
         """The best of n responses to each row: B episodes. Their log-probabilities are the model's, for one sample."""
         check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
         repeated = [row for row in rows for _ in range(self.config.n)]
-        samples = sample_episodes(self.base, self.policy, repeated, generator=self.generator)
-        return samples.select(best_of_groups(samples.scores, self.config.n))
+        size = self.config.n
+        samples = sample_episodes(self.base, self.policy, repeated, generator=self.generator, group_size=size)
+        return samples.select(best_of_groups(samples.scores, samples.grouping))
 
     def collect(self) -> Rollout:
         """The best of n responses to each of `batch_size` prompts of the task."""
@@ -87,4 +96,7 @@ class BestOfN(Agent):
         check("arguments beside prompts", given, given == (None, None, 0, 1.0, False), "left alone for BestOfN")
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
         known = {row["prompt"]: row for row in self.task.rows or []}
-        return self.best([known.get(prompt, {"prompt": prompt}) for prompt in prompts]).completions
+        best = self.best([known.get(prompt, {"prompt": prompt}) for prompt in prompts])
+        if len(best) < len(prompts):
+            raise AllDropped(best.dropped)
+        return best.completions

@@ -87,9 +87,9 @@ class GRPO(Agent):
             scores = scores + self.base.kl_coef * ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
         spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())
         if config.scale == "group":
-            advantages = group_normalised(scores, rollout.group_size)
+            advantages = group_normalised(scores, rollout.grouping)
         else:
-            advantages = leave_one_out(scores, rollout.group_size) / spread
+            advantages = leave_one_out(scores, rollout.grouping) / spread
         self._kl_weight = self.base.kl_coef / float(spread)
         rollout = replace(rollout, advantages=torch.where(mask, advantages[:, None], 0.0))
         steps = [

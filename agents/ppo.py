@@ -62,6 +62,10 @@ class PPOConfig(AgentConfig):
         check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        for name in ("clip_value", "vf_coef", "whiten_floor"):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("clip_score", "target_kl", "kl_target", "kl_horizon"):
+            check(name, value := getattr(self, name), value is None or value > 0, "above 0")
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float) -> Tensor:

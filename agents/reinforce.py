@@ -84,7 +84,7 @@ class REINFORCE(Agent):
         whole = returns.gather(1, mask.int().argmax(1, keepdim=True))  # (B, 1), from the first of the agent's tokens
         baseline = whole.new_zeros(())
         if self.config.baseline == "leave_one_out":
-            baseline = whole - leave_one_out(whole[:, 0], rollout.group_size)[:, None]
+            baseline = whole - leave_one_out(whole[:, 0], rollout.grouping)[:, None]
         elif self.config.baseline == "mean":
             mean, decay = float(whole.mean()), self.config.baseline_decay
             before = mean if self.running_mean is None else self.running_mean

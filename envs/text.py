@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl.files import prompt_rows, text_of
+from textrl.remote import RemoteScore, is_address
 from textrl.symbols import load_tokenizer
 from textrl.task import Row, Task, call_score, shorten, symbol_tokenizer
 
@@ -39,7 +40,8 @@ class Text(Task):
             ASCII character.
         prompts: texts, rows with a "prompt", a `datasets.Dataset` with a "prompt" column, or a JSON (lines), CSV or
             Parquet file of such rows.
-        reward: called with prompts, completions, completion_ids and every other column, as keyword lists.
+        reward: called with prompts, completions, completion_ids and every other column, as keyword lists; or the
+            address of an HTTP endpoint, asked as `textrl.RemoteScore` says.
         max_new_tokens: the horizon.
         max_prompt_tokens: default: the longest prompt there is.
         skip_bad_rows: leave rows of a file that cannot be used out, with a warning that lists them.
@@ -49,13 +51,18 @@ class Text(Task):
         self,
         tokenizer: PreTrainedTokenizerFast | str | None = None,
         prompts: Sequence[str] | Sequence[Row] | Dataset | str | Path = ("The movie was",),
-        reward: Callable[..., Any] = share_of_letters,
+        reward: Callable[..., Any] | str = share_of_letters,
         max_new_tokens: int = 24,
         max_prompt_tokens: int | None = None,
         skip_bad_rows: bool = False,
     ) -> None:
+        if is_address(reward):
+            reward = RemoteScore(str(reward))
         if not callable(reward):
-            raise ValueError(f"reward must be a function of prompts and completions; got {shorten(reward)}")
+            raise ValueError(
+                "reward must be a function of prompts and completions, or the address of one (http://...);"
+                f" got {shorten(reward)}"
+            )
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(str(tokenizer))
         self._prompts, self.reward = prompt_rows(prompts, skip_bad_rows), reward

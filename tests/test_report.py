@@ -13,6 +13,9 @@ HOSTILE = [
     "\u202eright to left\u202c \u2066isolate",
     "\ud800 lone",
     "{{ 7 * 7 }} &lt; \"'",
+    "<svg onload=\"document.title='owned'\"> ]]><!--",
+    "\u061c\u200e\u200f\ufeff marks",
+    "\u202eabc</td></tr></table><h1>out</h1>",
 ]
 
 
@@ -22,7 +25,25 @@ def test_hostile_text_is_text(tmp_path):
     write_report(file, HOSTILE[1], HOSTILE[2], [section])
     page = file.read_text(encoding="utf-8")
     body = page[page.index("<body>") :]
-    for raw in ("<script", "<img", "</style", "<b>", "<i>", "<u>", "\x1b", "\x07", "\x00", "\x9b", "\u202e", "\u2066"):
+    for raw in (
+        "<script",
+        "<img",
+        "</style",
+        "<b>",
+        "<i>",
+        "<u>",
+        "\x1b",
+        "\x07",
+        "\x00",
+        "\x9b",
+        "\u202e",
+        "\u2066",
+        "<svg o",
+        "<!--",
+        "\u200f",
+        "\ufeff",
+        "<h1>out",
+    ):
         assert raw not in body
     assert "&lt;script&gt;" in body
     assert "{{ 7 * 7 }}" in body

@@ -285,3 +285,57 @@ def test_a_manifest_lists_every_file(tmp_path):
     manifest = json.loads((tmp_path / "a/agent.json").read_text())
     files = {file.name for file in (tmp_path / "a").iterdir()} - {"agent.json"}
     assert set(manifest["files"]) == files
+
+
+def reward_pairs(**changes):
+    from datasets import Dataset
+
+    columns = {"prompt": ["a", "b", "c"] * 6, "chosen": ["ab", "ca", "bb"] * 6, "rejected": ["c", "bc", "ac"] * 6}
+    return Dataset.from_dict({**columns, **changes})
+
+
+def train_rewards(folder, stop_at=None, pairs=None, **options):
+    from textrl import reward_training
+    from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+
+    model = RewardModel.from_language_model(small_model(4, 16, 3), textrl.symbol_tokenizer("abc"), seed=1)
+    step = reward_training._Training.step
+
+    def stopping(training):
+        if training.now.step == stop_at:
+            raise Killed
+        return step(training)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward_training._Training, "step", stopping)
+        config = RewardModelConfig(batch_size=2, epochs=2, learning_rate=1e-3)
+        train_reward_model(model, pairs or reward_pairs(), config, log_dir=folder, **options)
+    return model.model.state_dict()
+
+
+def test_training_of_a_reward_model_goes_on_to_the_same_end(tmp_path):
+    whole = train_rewards(tmp_path / "whole")
+    for stop in (5, 7, 17):
+        with pytest.raises(Killed):
+            train_rewards(tmp_path / "run", stop, checkpoint_every=4, resume=True)
+    newest = Checkpoints(tmp_path / "run", 2)
+    assert newest.steps()[0] == 32
+    damaged = newest.path(32) / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = train_rewards(tmp_path / "run", checkpoint_every=4, resume=True)
+    assert same_weights(again, whole)
+    assert (tmp_path / "run/progress.csv").read_bytes() == (tmp_path / "whole/progress.csv").read_bytes()
+    assert len(newest.steps()) in (2, 3)
+    assert (tmp_path / "run/best").exists()
+    with pytest.raises(ValueError, match="another pairs"):
+        train_rewards(tmp_path / "run", pairs=reward_pairs(chosen=["ba"] * 18), checkpoint_every=4, resume=True)
+
+
+def test_training_of_a_reward_model_that_is_not_finite_stops(tmp_path):
+    from textrl.failures import TrainingError
+    from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+
+    model = RewardModel.from_language_model(small_model(4, 16, 3), textrl.symbol_tokenizer("abc"))
+    model.model.score.weight.data[:] = float("nan")
+    with pytest.raises(TrainingError, match="3 steps in a row; there is no checkpoint"):
+        train_reward_model(model, reward_pairs(), RewardModelConfig(batch_size=2), log_dir=tmp_path)

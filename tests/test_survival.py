@@ -1,10 +1,12 @@
 """Runs at the command line that are stopped by signals, and training that goes wrong."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +51,17 @@ def test_signals_end_the_iteration_and_the_run_goes_on(tmp_path):
     assert process.wait() == 0
     for file in ("progress.csv", "final/model.safetensors"):
         assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_as_if_nobody_had_killed_them():
+    """A few of what `python tests/kills.py` does for every agent."""
+    harness = [sys.executable, str(Path(__file__).with_name("kills.py")), "--kills", "2"]
+    ended = subprocess.run([*harness, "--agents", "ppo", "trpo", "dpo"], capture_output=True, text=True)
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [each["wrong"] for each in found] == [[], [], []], ended.stderr
+    assert ended.returncode == 0
+    assert sum(each["kills"] for each in found) > 0
 
 
 class Broken(textrl.Agent):

@@ -209,7 +209,7 @@ def test_a_score_that_fails_leaves_an_env_that_can_go_on():
     envs = textrl.TextVectorEnv(task, 2)
     envs.reset(seed=0)
     task.token_scores = False
-    with pytest.raises(RuntimeError, match="down"):
+    with pytest.raises(ValueError, match="RuntimeError: the score is down for prompt"):
         envs.step(np.array([0, 1]))
     task.broken = False
     observations, rewards, terminated, _, _ = envs.step(np.array([0, 0]))

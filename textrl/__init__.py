@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .episodes import collect, read_episodes
     from .exact import Evaluation, Solution, evaluate_exact, exact_gradient, solve
     from .preferences import read_preferences
+    from .remote import RemoteScore
     from .rewards import RewardModel, RewardModelConfig, train_reward_model, weighted_sum
     from .rollout import Rollout
     from .tabular import TabularLM, tabular_model
@@ -29,6 +30,7 @@ _LAZY = {
     "Agent": "agent",
     "AgentConfig": "agent",
     "Evaluation": "exact",
+    "RemoteScore": "remote",
     "RewardModel": "rewards",
     "RewardModelConfig": "rewards",
     "Rollout": "rollout",
@@ -49,6 +51,7 @@ __all__ = [
     "Agent",
     "AgentConfig",
     "Evaluation",
+    "RemoteScore",
     "RewardModel",
     "RewardModelConfig",
     "Rollout",

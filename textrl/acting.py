@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .arguments import check_observations
 from .config import check
 from .generation import Sampling, draw, generate
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled
 from .stepping import collect_stepped, is_bare
-from .stepwise import StepwiseLM
+from .stepwise import StepwiseLM, longest_text
 from .task import Row, Task
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def on_observation(
     agent: Agent, observation: NDArray[np.int64], deterministic: bool, action_masks: NDArray[Any] | None
 ) -> Any:
     """One token for an observation (L,), or one for each of (N, L), whatever the environment shows now."""
-    observations = np.atleast_2d(np.asarray(observation))
+    observations = check_observations(observation, agent.task)
     shape = (len(observations), agent.task.vocab_size)
     masks = known_masks(agent.task, observations)
     if action_masks is not None:
@@ -90,9 +91,14 @@ def on_observation(
 def on_prompts(agent: Agent, prompts: list[str], max_new_tokens: int | None, sampling: Sampling) -> list[str]:
     """One response to each prompt, as text."""
     check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
-    task, steps = agent.task, max_new_tokens or agent.task.max_new_tokens
+    check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
+    task = agent.task
+    steps = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    check("max_new_tokens", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1")
     rows = [_row_of(task, prompt) for prompt in prompts]
     encoded = [task.encode(row) for row in rows]
+    room = longest_text(agent.model) - max(map(len, encoded))
+    check("max_new_tokens", steps, steps <= room, f"at most {room}: the model reads no longer text")
     narrow = agent.narrow if agent.narrows else None
     known = task.rows is None or all(row in task.rows for row in rows)
     fits = known and steps <= task.max_new_tokens  # the masks are about the task's own prompts and length

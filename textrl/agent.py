@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from . import acting, checkpoint, loop
 from .acting import allowed_at as allowed_at
 from .config import AgentConfig as AgentConfig
+from .config import as_path, make_config
 from .config import check as check
-from .config import make_config
+from .failures import ask_as_configured
 from .files import read_rows
 from .generation import Sampling
 from .loop import Callback
@@ -97,10 +98,12 @@ class Agent:
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
+        self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes
         self.call: dict[str, Any] | None = None  # of `learn`: how far it goes, and what it has saved
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
+        ask_as_configured(self)
         self.build()
         self.optimizer = Optimizer(
             *(trainable(module) for module in self.modules.values()),
@@ -220,7 +223,8 @@ class Agent:
             the agent.
 
         Raises:
-            TrainingError: when loss or gradient are not finite three times in a row.
+            ScoreError: when the score of a response fails, unless `on_score_error` is "drop".
+            TrainingError: when loss or gradient are not finite three times in a row, or too many scores fail.
         """
         run = loop.Run(
             log_dir=log_dir,
@@ -291,7 +295,7 @@ class Agent:
 
     def save(self, folder: str | Path) -> None:
         """Writes the policy (loadable with `from_pretrained`), the tokenizer, every other module and the settings."""
-        checkpoint.save_agent(self, Path(folder))
+        checkpoint.save_agent(self, as_path("folder", folder))
 
     @classmethod
     def load(cls, folder: str | Path, env: AnyEnv, **settings: Any) -> Self:
@@ -300,4 +304,4 @@ class Agent:
         Raises:
             ValueError: for a folder without an agent of this class.
         """
-        return checkpoint.load_agent(cls, Path(folder), env, settings)
+        return checkpoint.load_agent(cls, as_path("folder", folder), env, settings)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .render import RENDER_MODES
 from .scores import shorten
-from .task import Row
+from .task import Row, Task
 
 
 def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
@@ -51,9 +51,15 @@ def check_num_envs(num_envs: Any) -> int:
 
 
 def chosen_row(options: dict[str, Any] | None) -> Row | None:
-    """The row that `reset(options=...)` asks for, or None."""
+    """The row that `reset(options=...)` asks for, or None.
+
+    Raises:
+        ValueError: for options that are no dict.
+    """
     if options is None:
         return None
+    if not isinstance(options, dict):
+        raise ValueError(f"options must be a dict or None; got {options!r}")
     if "row" in options:
         return options["row"]  # type: ignore[no-any-return]
     return {"prompt": options["prompt"]} if "prompt" in options else None
@@ -112,6 +118,29 @@ def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.in
     if outside.size:
         bad = int(outside[0])
         raise ValueError(f"actions must be token ids from 0 to {vocab_size - 1}; got {array[bad]} in row {bad}")
+    return ids
+
+
+def check_observations(observations: Any, task: Task) -> NDArray[np.int64]:
+    """Observations of a task as (N, L) int64, from (N, L) or (L,).
+
+    Raises:
+        ValueError: for another shape, what is no token id, or a row in which nothing is written.
+    """
+    width, vocab_size = task.max_prompt_tokens + task.max_new_tokens, task.vocab_size
+    array = np.asarray(observations)
+    fits = array.ndim in (1, 2) and array.shape[-1] == width and array.dtype.kind in "iu"
+    if not fits:
+        raise ValueError(
+            f"observation must be integer token ids of shape ({width},) or (N, {width}); got shape {array.shape},"
+            f" dtype {array.dtype}"
+        )
+    ids = np.atleast_2d(array).astype(np.int64)
+    if ids.size and (ids.min() < 0 or ids.max() > vocab_size or (ids[:, 0] == vocab_size).any()):
+        raise ValueError(
+            f"observation must be token ids from 0 to {vocab_size - 1}, from the left, and {vocab_size} where nothing"
+            f" is written; got {shorten(array.tolist())}"
+        )
     return ids
 
 

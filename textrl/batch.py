@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .asking import AllDropped
 from .policy import CausalPolicy, alike
 from .returns import masked_mean
 from .task import Row
@@ -41,6 +42,8 @@ class Rollout:
         drift: mean distance of the log-probabilities of sampling from `logprobs`, where these were computed again
             because the dtype is below float32.
         group_size: samples of one prompt that stand next to each other.
+        groups: (B,) int64, which of these each episode belongs to, where some were dropped; else None.
+        dropped: what was wrong with the scores of episodes that were left out, one message each.
     """
 
     tokens: Tensor
@@ -60,6 +63,8 @@ class Rollout:
     below: Tensor | None = None
     drift: float = 0.0
     group_size: int = 1
+    groups: Tensor | None = None
+    dropped: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         """B, the number of episodes."""
@@ -82,6 +87,11 @@ class Rollout:
         columns = self.prompt_lengths[:, None] + torch.arange(self.action_mask.shape[1], device=self.tokens.device)
         found = self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
         return torch.where(self.action_mask, found, 0)
+
+    @property
+    def grouping(self) -> int | Tensor:
+        """What `returns.leave_one_out` takes: how many samples a prompt has, or (B,) which of them are one prompt's."""
+        return self.group_size if self.groups is None else self.groups
 
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the n agent tokens stand: rows (n,), the columns (n,) that predict them, the tokens (n,)."""
@@ -108,7 +118,7 @@ class Rollout:
                 elif part.ndim > 1:
                     part = part[:, :steps]
                 changes[each.name] = part
-            elif isinstance(value, list):
+            elif isinstance(value, list) and each.name != "dropped":
                 changes[each.name] = [value[i] for i in indices.tolist()] if value else []
         return replace(self, **changes)
 
@@ -128,6 +138,20 @@ class Rollout:
         if self.drift:
             out["rollout/logprob_drift"] = torch.tensor(self.drift)
         return {key: float(value) for key, value in out.items() if not value.isnan()}
+
+
+def without(rollout: Rollout, faults: Mapping[int, str]) -> Rollout:
+    """The episodes whose scores did not fail; `faults` says by their places which did, and why.
+
+    Raises:
+        AllDropped: where none is left.
+    """
+    if len(faults) == len(rollout):
+        raise AllDropped(list(faults.values()))
+    every = torch.arange(len(rollout), device=rollout.tokens.device)
+    kept = every[[i not in faults for i in range(len(rollout))]]
+    left = rollout.select(kept, rollout.group_size)
+    return replace(left, groups=kept // rollout.group_size, dropped=list(faults.values()))
 
 
 def pad_responses(

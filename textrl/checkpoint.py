@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,8 @@ from transformers import PreTrainedModel
 
 from . import state
 from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, save_adapter
+from .disk import sync as sync
+from .disk import write_json as write_json
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -37,23 +38,6 @@ class CheckpointError(ValueError):
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes JSON beside and then renames it: the file is there whole or as it was."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(part)
-    part.replace(file)
-
-
-def sync(path: Path) -> None:
-    """Returns once a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     """A new folder to write into, renamed to `folder` at the end; what stood there before is replaced.
@@ -66,10 +50,13 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         ValueError: where `folder` holds files but not the mark.
         CheckpointError: where the disk is full or cannot be written to.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).exists())):
         raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
-    part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
     try:
         part.chmod(0o755)
         yield part
@@ -142,6 +129,16 @@ def verify(folder: Path) -> dict[str, Any]:
         if file_hash(file) != right["sha256"]:
             raise CheckpointError(f"{str(file)!r} is damaged: its content is not what was written")
     return manifest
+
+
+def verify_if_ours(folder: Path) -> None:
+    """Checks a folder that has a manifest; others, from elsewhere, are let pass.
+
+    Raises:
+        CheckpointError: where it is damaged.
+    """
+    if (folder / MANIFEST).is_file():
+        verify(folder)
 
 
 # ---- modules and state ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | collect | ope | play | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | collect | ope | play | doctor | rlhf`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from . import logged
+from .checkup import doctor_parser
+from .config import make_config
 from .files import is_file_name
-from .flags import RUN, Parser, agent_class, check_env_id, parse_config, parse_env_args, read_run
+from .flags import RUN, Parser, agent_class, check_env_id, finished_run, parse_config, parse_env_args, read_run
 from .listing import list_agents, list_envs
 from .play import play_parser
 from .render import escape
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: default: those of the process.
 
     Returns:
-        0, or 2 with one line on stderr for what the user got wrong.
+        0; 1 where `doctor` finds a fault; or 2 with one line on stderr for what the user got wrong.
     """
     parser = Parser(prog="textrl", description="Text generation as reinforcement learning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.set_defaults(run=evaluate_run)
     logged.add_parsers(commands)
     play_parser(commands)
+    doctor_parser(commands)
     _rlhf_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -55,14 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
             quiet_libraries()
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
-            options.run(options)
+            code = options.run(options)
     except (ValueError, OSError, gym.error.Error, ImportError) as error:
         sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2
     except KeyboardInterrupt as error:
         sys.stderr.write(f"textrl: interrupted{f'; {error}' if str(error) else ''}\n")
         return 130
-    return 0
+    return code or 0
 
 
 def one_line(message: object) -> str:
@@ -177,9 +180,10 @@ def named(dataset: str | None) -> str | None:
 def make_agent(run: dict[str, Any]) -> Agent:
     """The agent of a run as it was when the run began."""
     cls = agent_class(run["agent"])
-    env = gym.make_vec(check_env_id(run["env"]), num_envs=run["config"]["batch_size"], **run["env_kwargs"])
+    config = make_config(cls.config_class, None, run["config"])
+    env = gym.make_vec(check_env_id(run["env"]), num_envs=config.batch_size, **run["env_kwargs"])
     extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
-    return cls(env, run["model"], cls.config_class(**run["config"]), **extra)
+    return cls(env, run["model"], config, **extra)
 
 
 def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> None:
@@ -198,12 +202,7 @@ def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> 
 
 def resume_run(folder: Path, quiet: bool) -> None:
     """Goes on with a run that was stopped."""
-    try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if "total_timesteps" not in run:
-        raise ValueError(f"--resume must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    run = read_run("--resume", folder)
     if (folder / "final").is_dir():
         print(f"{folder} is finished; textrl evaluate {folder} scores it")
         return
@@ -222,7 +221,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    agent = trained_agent(folder, read_run(folder), options.seed)
+    agent = trained_agent(folder, finished_run("RUN", folder), options.seed)
     with few_threads(agent.model):
         rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,19 @@ class AgentConfig:
     weight_decay: float = 0.0  # of AdamW
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
+    on_score_error: str = "raise"  # when the score of a response fails: "raise", or "drop" the episode and count it
+    max_dropped_share: float = 0.25  # of the last 1,000 episodes: a run that drops more than this stops
+    warn_kl: float = 25.0  # nats a response: a KL to the reference above this is warned of
+    score_timeout: float | None = None  # seconds that a call of the score may take; None: as long as it likes
 
     def __post_init__(self) -> None:
         """Checks the types of all settings and the ranges of those that all agents share."""
         for each in dataclasses.fields(self):
-            check_type(each.name, getattr(self, each.name), str(each.type))
+            value = getattr(self, each.name)
+            check_type(each.name, value, str(each.type))
+            if isinstance(value, float):
+                fine = math.isfinite(value) or (math.isinf(value) and not each.name.endswith("_coef"))
+                check(each.name, value, fine, "a finite number")
         for name in ("batch_size", "max_tokens_per_microbatch"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         rate = self.learning_rate
@@ -43,6 +53,12 @@ class AgentConfig:
             self.learning_rate_schedule in schedules,
             f"one of {list(schedules)}",
         )
+        errors = ("raise", "drop")
+        check("on_score_error", self.on_score_error, self.on_score_error in errors, f"one of {list(errors)}")
+        check("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "from 0 to 1")
+        check("warn_kl", self.warn_kl, self.warn_kl > 0, "above 0")
+        seconds = self.score_timeout
+        check("score_timeout", seconds, seconds is None or 0 < seconds < math.inf, "a finite number above 0, or None")
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
 
 
@@ -71,6 +87,21 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         "None": value is None,
     }
     check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number of at least 1."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path given as one or as a text.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    check(name, value, isinstance(value, (str, os.PathLike)) and "\0" not in str(value), "a path")
+    return Path(value)
 
 
 def make_config(config_class: type[AgentConfig], config: AgentConfig | None, settings: Mapping[str, Any]) -> Any:

@@ -43,7 +43,13 @@ class Snapshot:
 
 
 def observation_space(task: Task) -> Any:
-    """Token ids from the left, `V` where nothing is written: Box(0, V, (P + T,), int64)."""
+    """Token ids from the left, `V` where nothing is written: Box(0, V, (P + T,), int64).
+
+    Raises:
+        ValueError: for what is no task.
+    """
+    if not isinstance(task, Task):
+        raise ValueError(f"task must be an instance of a subclass of textrl.Task; got {task!r}")
     return gym.spaces.Box(0, task.vocab_size, (task.max_prompt_tokens + task.max_new_tokens,), np.int64)
 
 
@@ -198,8 +204,10 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         return self._tokens[self._prompt_length : self._length].tolist()  # type: ignore[no-any-return]
 
     def _token_score(self) -> float:
-        """The reward of the token just written, where the score gives one for every token; else 0."""
+        """The reward of the token just written, where the score gives one for every token; else 0. NaN if it failed."""
         scores = self.task.evaluate([self._row], [self._response()])
+        if scores.faults:
+            return float("nan") if self.task.token_scores else 0.0
         return float(scores.tokens[0][-1]) if scores.tokens is not None else 0.0
 
     def action_masks(self) -> NDArray[np.bool_]:

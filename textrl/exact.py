@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import check_penalty
+from .config import check
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
 from .policy import value_model
 from .tabular import TabularLM, TabularScorer, tabular_model
@@ -126,6 +128,7 @@ def solve(
         ValueError: for a task that is too large to enumerate, saying how large it is, or without `prompts()`.
     """
     check_penalty(reference, kl_coef, temperature)
+    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
     ask = asker(task, reference, temperature)
     totals = torch.zeros(3, dtype=torch.float64)
     optimal: dict[tuple[int, ...], list[Tensor]] = {}
@@ -164,6 +167,8 @@ def evaluate_exact(
         ValueError: as `solve`.
     """
     check_penalty(reference, kl_coef, temperature)
+    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
+    check("model", model, isinstance(model, (str, Path)) or callable(model), "a model, its name or a callable")
     with torch.no_grad():
         values = _value(task, model, reference, temperature, masked)
         base = _value(task, reference, reference, temperature, False)

@@ -206,14 +206,15 @@ def read_rows(
     """
     path = Path(file)
     reader = READERS.get(path.suffix.lower())
+    shown = shorten(str(path), 300)
     if reader is None:
-        raise InputError(f"{called} must end in one of {', '.join(READERS)}; got {str(path)!r}")
+        raise InputError(f"{called} must end in one of {', '.join(READERS)}; got {shown}")
     name = str(path) if str(path).isprintable() else ascii(str(path))
     rows, places, faults = [], [], []
     try:
         if not path.is_file():
             what = ", a folder" if path.is_dir() else ""
-            raise InputError(f"{called} must be a file that exists; got {str(path)!r}{what}")
+            raise InputError(f"{called} must be a file that exists; got {shown}{what}")
         for place, row in reader(path, numbers):
             if not isinstance(row, ValueError):
                 rows.append(row)
@@ -225,7 +226,7 @@ def read_rows(
     except Broken as error:
         raise InputError(f"{name}{error}") from None
     except OSError as error:
-        raise InputError(f"{called} {str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{called} {shown} cannot be read: {error.strerror or error}") from None
     if not rows:
         raise InputError(f"{name} must have at least one row; got none" + (f": {faults[0]}" if faults else ""))
     table = Rows(rows, places, name, skip_bad_rows, strict=True)
@@ -246,7 +247,8 @@ def prompt_rows(prompts: Any, skip_bad_rows: bool) -> Rows:
                 f"{rows.source}: {len(repeated)} of {len(rows)} rows repeat another (it is drawn more often)", repeated
             )
         return rows
-    if isinstance(prompts, (str, Path)) or not hasattr(prompts, "__len__"):
+    ordered = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
+    if isinstance(prompts, (str, bytes, Path, Mapping)) or not ordered:
         raise ValueError(f"prompts must be a list of texts, a dataset or a file of them; got {shorten(prompts)}")
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:

@@ -111,18 +111,30 @@ def check_env_id(id: str) -> str:
     return plain
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """What a finished run was: its agent, environment, model and seed. Its agent lies in `folder / "final"`.
+def read_run(called: str, folder: Path) -> dict[str, Any]:
+    """What `run.json` in a run's folder says; `called` is the argument that the folder is.
 
     Raises:
-        ValueError: for a folder that holds no run, or one that has not ended.
+        ValueError: where there is none, or it is of another kind.
     """
     try:
         run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
-    if "agent" not in run:
-        raise ValueError(f"RUN must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
+    whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
+    if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    return run
+
+
+def finished_run(called: str, folder: Path) -> dict[str, Any]:
+    """The same of a run that has ended: its agent lies in `folder / "final"`.
+
+    Raises:
+        ValueError: for one that has not.
+    """
+    run = read_run(called, folder)
     if not (folder / "final").is_dir():
         raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
     return run

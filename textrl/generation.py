@@ -19,6 +19,13 @@ CHECK_EVERY_ON_GPU = 8
 """Asking a GPU whether rows have ended stops it, so it is asked only every so many tokens."""
 
 
+class NotFinite(ValueError):
+    """A model's logits are NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__("model gives logits that are not finite: its weights are broken, or its dtype is too small")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn from the logits.
@@ -103,7 +110,7 @@ def draw(
         cumulative = probabilities.cumsum(-1)  # (B, V)
         total = cumulative[:, -1:]
         point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0]
+        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=scaled.shape[-1] - 1)  # for NaN
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 
@@ -133,6 +140,9 @@ def generate(
 
     Returns:
         the responses, in the order of the prompts.
+
+    Raises:
+        NotFinite: where the logits are not.
     """
     sampling = sampling or Sampling(temperature=policy.temperature)
     device, batch = policy.device, len(prompts)
@@ -172,6 +182,8 @@ def generate(
                 rows, running, drawn = rows[keep], running[keep], drawn[keep]
                 stepper.keep(keep)
         hidden = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
+    if not bool(logprobs.isfinite().all()):
+        raise NotFinite
     return Generation(responses, counts, logprobs, values)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, parse_env_args, read_run
+from .flags import check_env_id, finished_run, parse_env_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | s
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --env; a RUN has its own")
     folder = Path(options.folder)
-    run = read_run(folder)
+    run = finished_run("RUN", folder)
     return gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"]), str(folder / "final")
 
 

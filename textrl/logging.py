@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .disk import writing
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -53,10 +55,11 @@ class ProgressFile:
         if self.file is not None:
             self.file.close()
         part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([self.names, *rows] if self.names else [])
-        part.replace(self.path)
+        with writing(self.path):
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([self.names, *rows] if self.names else [])
+            part.replace(self.path)
         self.file = self.path.open("a", newline="", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -66,13 +69,15 @@ class ProgressFile:
             self.names += new
             self._rewrite(before)
         assert self.file is not None
-        csv.writer(self.file, lineterminator="\n").writerow([written(row.get(name)) for name in self.names])
-        self.file.flush()
+        with writing(self.path):
+            csv.writer(self.file, lineterminator="\n").writerow([written(row.get(name)) for name in self.names])
+            self.file.flush()
 
     def sync(self) -> None:
         """Returns once the rows so far are on the disk."""
         assert self.file is not None
-        os.fsync(self.file.fileno())
+        with writing(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

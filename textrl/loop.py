@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint
-from .config import check
+from .asking import AllDropped
+from .config import as_path, check, check_type
+from .failures import TrainingError as TrainingError
+from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
+from .generation import NotFinite
 from .logging import RunLog
 from .policy import few_threads
+from .rollout import Rollout
 from .runs import Checkpoints, Signals
 from .state import forget_caches
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .agent import Agent
 
 Callback = Callable[["Agent", dict[str, float]], bool | None]
 """Called with the agent and the metrics after every update; returning False ends the loop."""
-SKIPS_IN_A_ROW = 3
-
-
-class TrainingError(ValueError):
-    """A run that cannot go on: what went wrong, and which checkpoint is the last good one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,11 @@ class Run:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         every = self.checkpoint_every
+        for name, kind in (("checkpoint_every", "int | None"), ("keep", "int"), ("resume", "bool")):
+            check_type(name, getattr(self, name), kind)
+        check("callback", self.callback, self.callback is None or callable(self.callback), "a function or None")
+        if self.log_dir is not None:
+            as_path("log_dir", self.log_dir)
         check("checkpoint_every", every, every is None or every >= 1, "at least 1")
         check("keep", self.keep, self.keep >= 1, "at least 1")
         for name in ("checkpoint_every", "resume"):
@@ -56,6 +62,7 @@ class Run:
 def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     """Collects and updates until `total_timesteps` more tokens have been learned from; see `Agent.learn`."""
     total = total_timesteps
+    check_type("total_timesteps", total, "int | float | None")
     check("total_timesteps", total, total is None or total > 0, "above 0")
     folder = None if run.log_dir is None else Path(run.log_dir)
     saved = None if folder is None else Checkpoints(folder, run.keep)
@@ -72,14 +79,17 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
         timesteps=agent.num_timesteps,
     )
     saving = run.checkpoint_every is not None and saved is not None
+    watch = Watch(agent)
+    ask_as_configured(agent)
     written: Path | None = None
     stop = False
     with few_threads(agent.model), log, Signals(saving) as signals:
         while agent.num_timesteps < goal and not stop:
-            metrics = _iterate(agent, goal, call["total"])
+            metrics, dropped, asked = _iterate(agent, goal, call["total"], watch)
             log.write(metrics, agent.num_timesteps, agent.num_updates, agent.num_timesteps - start)
             stop = run.callback is not None and run.callback(agent, metrics) is False
-            _stop_if_stuck(agent, metrics, saved)
+            stop_if_stuck(agent, metrics, saved)
+            stop_if_dropping(agent, dropped, asked, saved)
             written = None
             if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
                 assert saved is not None
@@ -111,44 +121,44 @@ def _after(agent: Agent, every: int | None) -> int | None:
     return None if every is None else agent.num_timesteps + every
 
 
-def _iterate(agent: Agent, goal: int, total: int) -> dict[str, float]:
-    """One batch collected and learned from."""
+def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[str, float], list[str], int]:
+    """One batch collected and learned from: its numbers, what was wrong with dropped episodes, all episodes."""
     agent.progress_remaining = (goal - agent.num_timesteps) / total
     if agent.config.learning_rate_schedule == "linear":
         agent.anneal(agent.progress_remaining)
     began = time.perf_counter()
-    rollout = agent.collect()
+    rollout, dropped, metrics = _collect(agent)
     collected = time.perf_counter()
     skipped = agent.optimizer.skipped
-    metrics = {**rollout.metrics(), **agent.update(rollout)}
+    if rollout is not None:
+        metrics = {**rollout.metrics(), **agent.update(rollout)}
     agent.stepper.forget()
     forget_caches(agent.env)
-    agent.num_timesteps += rollout.num_tokens
+    tokens = 0 if rollout is None else rollout.num_tokens
+    agent.num_timesteps += tokens
     agent.num_updates += 1
-    agent.stuck = agent.stuck + 1 if agent.optimizer.skipped > skipped or _broken(metrics) else 0
-    if agent.optimizer.skipped:
-        metrics["train/skipped_steps"] = agent.optimizer.skipped
+    note_skips(agent, metrics, skipped)
+    asked = len(dropped) + (0 if rollout is None else len(rollout))
+    if agent.config.on_score_error == "drop":
+        metrics["rollout/dropped"] = len(dropped)
+        watch.dropped(dropped, asked)
+    if rollout is not None:
+        watch.see(rollout, metrics)
     now = time.perf_counter()
-    metrics["time/tokens_per_second"] = rollout.num_tokens / (now - began)
+    metrics["time/tokens_per_second"] = tokens / (now - began)
     metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - began, now - collected
-    return metrics
+    return metrics, dropped, asked
 
 
-def _broken(metrics: dict[str, float]) -> bool:
-    """Whether the loss or the gradient was not finite."""
-    return not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train/loss", "train/grad_norm"))
-
-
-def _stop_if_stuck(agent: Agent, metrics: dict[str, float], saved: Checkpoints | None) -> None:
-    if agent.stuck < SKIPS_IN_A_ROW:
-        return
-    steps = saved.steps() if saved is not None else []
-    good = f"the last good checkpoint is {saved.path(steps[0])}" if saved and steps else "there is no checkpoint"
-    raise TrainingError(
-        f"loss or gradient was not finite in {SKIPS_IN_A_ROW} iterations in a row (loss {metrics.get('train/loss')},"
-        f" gradient norm {metrics.get('train/grad_norm')}), so nothing was learned from them; {good};"
-        ' a lower learning_rate or dtype="float32" usually mends it'
-    )
+def _collect(agent: Agent) -> tuple[Rollout | None, list[str], dict[str, float]]:
+    """A batch, what was wrong with the scores of dropped episodes, and where there is no batch its numbers."""
+    try:
+        rollout = agent.collect()
+    except AllDropped as error:
+        return None, error.faults, {}
+    except NotFinite:
+        return None, [], {"train/loss": math.nan}
+    return rollout, rollout.dropped, {}
 
 
 def _due(agent: Agent, metrics: dict[str, float], every: int | None) -> bool:

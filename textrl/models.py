@@ -128,8 +128,11 @@ def load_model(
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    from .checkpoint import verify_if_ours
+
     register_tabular()
     check_source(name, "model")
+    verify_if_ours(Path(name))
     if (Path(name) / CONFIG).is_file():
         return load_adapted(Path(name))
     try:

@@ -104,6 +104,7 @@ class Outcomes:
         new, first = np.unique(codes[unknown], return_index=True)
         over = unknown[first]
         last, columns = self._ask(over, episodes)
+        columns.pop("score_fault", None)  # not there every time
         self._last[new] = last[over]
         if not self._columns:
             size = len(self._where)

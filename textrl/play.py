@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import gymnasium as gym
 
 from .config import check
-from .flags import check_env_id, nearest, parse_env_args, read_run
+from .flags import check_env_id, finished_run, nearest, parse_env_args
 from .render import token_texts
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     from .trained import trained_agent
 
     check("--model", options.model, options.model is None or options.folder is None, "left out with --run")
-    run = None if options.folder is None else read_run(Path(options.folder))
+    run = None if options.folder is None else finished_run("--run", Path(options.folder))
     if options.env is None and run is None:
         raise ValueError("ENV is missing; textrl envs lists the environments")
     id = check_env_id(options.env or (run or {})["env"])

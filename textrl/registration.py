@@ -9,7 +9,9 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 
+from .config import check_type
 from .env import TextEnv
+from .scores import shorten
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -34,6 +36,10 @@ BUILT_IN = {
 
 class UnknownArgument(TypeError, ValueError):
     """A task was given an argument it does not take; a `TypeError` too, because clients probe for arguments so."""
+
+
+class BadArgument(TypeError, ValueError):
+    """A task was given an argument of the wrong type."""
 
 
 _registered: dict[str, str | type[Task]] = {}
@@ -104,6 +110,7 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
 
     Raises:
         UnknownArgument: for an argument its constructor does not take, naming those it does.
+        ValueError: for an argument of the wrong type.
     """
     cls = task_class(task)
     parameters = inspect.signature(cls).parameters
@@ -113,7 +120,15 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
                 raise UnknownArgument(
                     f"{cls.__name__} got an unexpected keyword argument '{name}'; there are {list(parameters)}"
                 )
-    return cls(**kwargs)
+    for name, value in kwargs.items():
+        annotation = parameters[name].annotation if name in parameters else ""
+        check_type(name, value, annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
+    try:
+        return cls(**kwargs)
+    except TypeError as error:
+        if not kwargs:
+            raise
+        raise BadArgument(f"{cls.__name__} cannot be made with {shorten(kwargs, 200)}: {error}") from error
 
 
 def make_env(

@@ -73,22 +73,37 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+def leave_one_out(scores: Tensor, group_size: int | Tensor) -> Tensor:
     """Score minus the mean score of the other samples of its prompt (RLOO; Kool 2019, Ahmadian 2024).
 
     Args:
         scores: (B,), samples of one prompt next to each other.
-        group_size: k >= 2 samples a prompt; B is a multiple of it.
+        group_size: k >= 2 samples a prompt, B is a multiple of it; or (B,) int64 which samples are one prompt's. A
+            prompt's only sample is told nothing: 0.
 
     Returns:
         (B,).
     """
+    if isinstance(group_size, Tensor):
+        sums, counts = _group_sums(scores, group_size), _group_sums(torch.ones_like(scores), group_size)
+        return torch.where(counts > 1, scores - (sums - scores) / (counts - 1).clamp(min=1), 0.0)
     groups = scores.view(-1, group_size)  # (B/k, k)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).view(-1)
 
 
-def group_normalised(scores: Tensor, group_size: int) -> Tensor:
+def group_normalised(scores: Tensor, group_size: int | Tensor) -> Tensor:
     """(score - mean) / (std + 1e-4) within the samples of a prompt (GRPO; Shao 2024): (B,) -> (B,)."""
+    if isinstance(group_size, Tensor):
+        counts = _group_sums(torch.ones_like(scores), group_size)
+        centred = scores - _group_sums(scores, group_size) / counts
+        std = (_group_sums(centred**2, group_size) / (counts - 1).clamp(min=1)).sqrt()
+        return centred / (std + 1e-4)
     groups = scores.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+
+
+def _group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """For each sample the sum over its group: (B,), (B,) -> (B,)."""
+    sums = values.new_zeros(int(groups.max()) + 1).scatter_add(0, groups, values)
+    return sums[groups]

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from .checkpoint import whole_folder
+from .checkpoint import verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
-from .logging import RunLog
-from .optim import Optimizer
-from .policy import alike, train_last_layers, trainable, value_model, values_at, without_dropout
+from .policy import alike, value_model, values_at, without_dropout
+from .reward_training import RewardModelConfig as RewardModelConfig
+from .reward_training import preference_loss as preference_loss
+from .reward_training import train_reward_model as train_reward_model
 from .task import call_score
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
-
-
-def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, eq. 1): (B,), (B,) -> ()."""
-    return -logsigmoid(chosen - rejected).mean()
 
 
 class RewardModel:
@@ -75,9 +68,10 @@ class RewardModel:
         """A reward model as `save` left it, or any sequence classifier with one label.
 
         Raises:
-            ValueError: for a folder that holds none.
+            ValueError: for a folder that holds none, or one that is damaged.
         """
         check_source(str(folder), "folder")
+        verify_if_ours(Path(folder))
         try:
             model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -92,6 +86,7 @@ class RewardModel:
         with whole_folder(Path(folder), "config.json") as part:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
+            write_manifest(part, {"agent": "RewardModel"})
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         """Scores, normalised, in the calling convention of `Task.score`."""
@@ -146,86 +141,6 @@ def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     columns = zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)
     chosen, rejected = zip(*((p + c, p + r) for p, c, r in columns), strict=True)
     return list(chosen), list(rejected)
-
-
-def _groups(pairs: Dataset) -> list[NDArray[np.int64]]:
-    """The rows of each group of pairs; every row is its own where there is no column "group"."""
-    if "group" not in pairs.column_names:
-        return list(np.arange(len(pairs))[:, None])
-    groups = np.asarray(pairs["group"])
-    order = groups.argsort(kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelConfig:
-    """Settings of reward-model training."""
-
-    learning_rate: float = 1e-4  # step size of AdamW, falling linearly to zero
-    batch_size: int = 16  # groups of pairs a step; without a column "group" each pair is one
-    epochs: int = 1  # passes over the pairs
-    seed: int = 0  # of the order of the groups
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    weight_decay: float = 0.0  # of AdamW
-    trainable_layers: int | None = None  # only the last so many blocks learn; None: all
-
-
-def train_reward_model(
-    reward_model: RewardModel,
-    pairs: Dataset,
-    config: RewardModelConfig | None = None,
-    *,
-    log_dir: str | Path | None = None,
-    progress_bar: bool = False,
-) -> None:
-    """Fits a reward model to preference pairs in place.
-
-    Args:
-        reward_model: to be trained.
-        pairs: columns "prompt", "chosen" and "rejected", texts; and "group", whole numbers, where comparisons of the
-            same few texts belong in one step: each text is then read once for all of them (Ouyang 2022, section 3.5).
-        config: settings.
-        log_dir: where `progress.csv` and TensorBoard's files go.
-        progress_bar: shows a bar and a row a step.
-
-    Raises:
-        ValueError: for an empty dataset or missing columns.
-    """
-    config = config or RewardModelConfig()
-    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
-    if missing or len(pairs) == 0:
-        raise ValueError(
-            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
-            f" {pairs.column_names}"
-        )
-    train_last_layers(reward_model.model, config.trainable_layers)
-    optimizer = Optimizer(
-        trainable(reward_model.model),
-        learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        eps=1e-8,
-    )
-    rng = np.random.default_rng(config.seed)
-    members = _groups(pairs)
-    order = np.concatenate([rng.permutation(len(members)) for _ in range(config.epochs)])
-    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    seen = 0
-    with RunLog(log_dir, progress_bar, config.epochs * len(pairs), "reward model", unit="pairs") as log:
-        for step, batch in enumerate(batches):
-            optimizer.learning_rate = config.learning_rate * (1 - step / len(batches))
-            rows = np.concatenate([members[group] for group in batch])
-            chosen, rejected = reward_model.pair_scalars(pairs[rows])
-            loss = preference_loss(chosen, rejected)
-            loss.backward()  # type: ignore[no-untyped-call]
-            metrics = {
-                "train/loss": float(loss.detach()),
-                "train/accuracy": float((chosen > rejected).float().mean()),
-                "train/grad_norm": optimizer.step(),
-            }
-            seen += len(rows)
-            log.write(metrics, seen, step + 1, seen)
-    reward_model.model.requires_grad_(False)
 
 
 def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callable[..., list[float]]:

@@ -13,6 +13,7 @@ from .batch import batched_logprobs as batched_logprobs
 from .batch import lower_states
 from .batch import microbatches as microbatches
 from .batch import pad_responses as pad_responses
+from .batch import without as without
 from .env import TextEnv
 from .generation import Sampling, generate
 from .policy import CausalPolicy
@@ -84,9 +85,15 @@ def collect_sampled(
         narrow: the agent's own masks, if it has any.
     """
     rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
-    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once, narrow=narrow)
-    rollout.group_size = group_size
-    return rollout
+    return sample_episodes(
+        env,
+        policy,
+        rows,
+        generator=generator,
+        tokens_at_once=tokens_at_once,
+        narrow=narrow,
+        group_size=group_size,
+    )
 
 
 def sample_episodes(
@@ -97,6 +104,7 @@ def sample_episodes(
     generator: torch.Generator,
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
+    group_size: int = 1,
 ) -> Rollout:
     """Samples one whole response to each row; the reference and the score are asked once for the batch.
 
@@ -109,6 +117,10 @@ def sample_episodes(
         generator: draws the tokens.
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
+        group_size: so many rows next to each other are the same.
+
+    Raises:
+        ScoreError: where the score fails; where `task.asking` says to drop such responses, only if it fails for all.
     """
     task = env.task
     prompts = [task.encode(row) for row in rows]
@@ -143,15 +155,19 @@ def sample_episodes(
         rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)
     scores = task.evaluate(rows, ids, completions)
     rollout.scores = torch.from_numpy(scores.totals).float().to(policy.device)
+    rollout.group_size = group_size
+    if scores.faults:
+        rollout = without(rollout, scores.faults)
+        scores = scores.without_faults()
     if scores.tokens is None:
-        rollout.rewards.scatter_(1, sampled.lengths[:, None] - 1, rollout.scores[:, None])
+        rollout.rewards.scatter_(1, rollout.response_lengths[:, None] - 1, rollout.scores[:, None])
     else:
         rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(policy.device))
     if policy.frozen_blocks:
         rollout.below = lower_states(policy, rollout, tokens_at_once)
     if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
         batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
-        rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), mask))
+        rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
         rollout.logprobs = batched
     if env.reference is not None:
         reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,39 @@ from numpy.typing import NDArray
 NUMBERS = {int, float, np.float64, np.float32}
 
 
+class ScoreError(ValueError):
+    """A score raised, took too long, or gave what is no score; the message names the prompt and the response."""
+
+
+class ScoreUnavailable(ScoreError):
+    """Raised by a score that can say nothing about any response now, so that it is not asked about each alone."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a task's score said of a batch of responses.
 
     Attributes:
-        totals: (B,) float64, the score of each response.
+        totals: (B,) float64, the score of each response; NaN where it failed and was let pass.
         tokens: one float64 array per response when the score was given token by token, else None.
+        faults: by the place of a response in the batch, what was wrong with its score.
     """
 
     totals: NDArray[np.float64]
     tokens: list[NDArray[np.float64]] | None = None
+    faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def last(self) -> NDArray[np.float64]:
-        """(B,) what the last token of each response is paid."""
-        return self.totals if self.tokens is None else np.array([values[-1] for values in self.tokens])
+        """(B,) what the last token of each response is paid; 0 where the score failed."""
+        if self.tokens is not None:
+            return np.array([values[-1] for values in self.tokens])
+        return np.nan_to_num(self.totals) if self.faults else self.totals
+
+    def without_faults(self) -> Scores:
+        """The scores that did not fail."""
+        kept = [i for i in range(len(self.totals)) if i not in self.faults]
+        return Scores(self.totals[kept], None if self.tokens is None else [self.tokens[i] for i in kept])
 
 
 def check_scores(given: Any, prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> Scores:
@@ -42,15 +59,18 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
         completion_ids: B responses as token ids, for their lengths.
 
     Raises:
-        ValueError: for a wrong length, a value that is not a number, NaN or infinity.
+        ScoreError: for a wrong length, a value that is not a number, NaN or infinity.
     """
+    first = f"; the first is for {about(prompts[0], completions[0])}" if prompts else ""
     if hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise ValueError(f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}")
+        raise ScoreError(
+            f"score must return a list of {len(prompts)} numbers, one a completion; got {shorten(given)}{first}"
+        )
     if len(given) != len(prompts):
-        raise ValueError(
-            f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}"
+        raise ScoreError(
+            f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}{first}"
         )
     try:  # the common case, quickly: plain numbers with a finite sum
         if set(map(type, given)) <= NUMBERS and math.isfinite(sum(given)):
@@ -62,23 +82,32 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
     tokens = []
     for i, values in enumerate(given):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(completion_ids[i]):
-            raise ValueError(
+            raise ScoreError(
                 f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion;"
-                f" got {shorten(values)} for prompt {shorten(prompts[i])}, completion {shorten(completions[i])}"
+                f" got {shorten(values)} for {about(prompts[i], completions[i])}"
             )
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
     return Scores(np.array([values.sum() for values in tokens]), tokens)
 
 
 def _number(value: Any, prompt: str, completion: str) -> float:
-    where = f"for prompt {shorten(prompt)}, completion {shorten(completion)}"
-    if hasattr(value, "item"):
+    where = f"for {about(prompt, completion)}"
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
     if not isinstance(value, (int, float)):
-        raise ValueError(f"score must be a number; got {shorten(value)} {where}")
-    if not math.isfinite(value):
-        raise ValueError(f"score must be finite; got {value} {where}")
-    return float(value)
+        raise ScoreError(f"score must be a number; got {shorten(value)} {where}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ScoreError(f"score must be finite; got {shorten(value)} {where}")
+    return number
+
+
+def about(prompt: str, completion: str) -> str:
+    """The words by which a message says which response it is about."""
+    return f"prompt {shorten(prompt)}, completion {shorten(completion)}"
 
 
 def shorten(value: Any, limit: int = 80) -> str:

@@ -11,6 +11,7 @@ from .adapters import CONFIG, add_adapter, has_adapter, learn_adapter, lies_at, 
 from .config import AgentConfig, check
 from .env import TextEnv
 from .policy import load_model, pick_dtype, small_model, train_last_layers
+from .stepwise import check_positions
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -40,17 +41,11 @@ def starting_model(
         ValueError: for a model that is the environment's reference, has too short a context, or does not fit the rest.
     """
     task, reference = base.task, base.reference
-    length = task.max_prompt_tokens + task.max_new_tokens
     if model is None:
-        loaded = small_model(task.vocab_size, length, config.seed)
+        loaded = small_model(task.vocab_size, task.max_prompt_tokens + task.max_new_tokens, config.seed)
     else:
         loaded = load_model(_at_hand(model, reference, peft_config is not None), task.tokenizer)
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and limit < length:
-        raise ValueError(
-            f"model reads at most {limit} tokens, but the task's prompt and response need {length}:"
-            " lower max_prompt_tokens or max_new_tokens"
-        )
+    check_positions("model", loaded, task)
     if peft_config is not None:
         loaded = add_adapter(loaded, peft_config, config.seed)
     elif reference is not None and loaded is reference:

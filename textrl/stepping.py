@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,12 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .asking import AllDropped
 from .env import TextEnv
+from .generation import NotFinite
 from .rollout import Rollout, pad_responses
-from .task import Row, Task
+from .scores import about
+from .task import FAULT, Row, Task
 from .vector import TextVectorEnv
 
 AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
@@ -55,12 +59,16 @@ class _Episode:
     masks: list[NDArray[np.bool_]] = field(default_factory=list)
     score: float = 0.0
     completion: str = ""
+    fault: str | None = None
 
     def end(self, infos: dict[str, Any], i: int) -> None:
         """Takes the score and the texts from what the environment said of row i."""
         if "score" in infos:
             self.score, self.completion = float(infos["score"][i]), infos["completion"][i]
             self.row = {"prompt": infos["prompt"][i]}
+            if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
+                said = infos[FAULT][i] if FAULT in infos else None
+                self.fault = said or f"score failed for {about(infos['prompt'][i], self.completion)}"
         else:
             self.score = sum(self.rewards)
 
@@ -88,6 +96,10 @@ def collect_stepped(
         seed: for the first reset.
         missing_penalty: kl_coef, where the environment could not be told the policy and leaves `-kl_coef * log pi` to
             the agent; else 0.
+
+    Raises:
+        NotFinite: where the agent's log-probabilities are not.
+        AllDropped: where every score failed and was let pass.
     """
     vector = isinstance(env, gym.vector.VectorEnv)
     number: int = getattr(env, "num_envs", 1)
@@ -98,7 +110,7 @@ def collect_stepped(
     observations = observations if vector else observations[None]
     running: list[_Episode | None] = [_Episode(_written(o, task)) for o in observations]
     while any(len(done) < quota for done in finished):
-        actions, logprobs, masks = act(observations)
+        actions, logprobs, masks = _finite(*act(observations))
         step = env.step(actions if vector else int(actions[0]))
         observations, rewards, terminated, truncated, infos = step if vector else _batched(*step)
         ended = np.asarray(terminated) | np.asarray(truncated)
@@ -126,6 +138,13 @@ def collect_stepped(
     return _stack([episode for done in finished for episode in done], task, device)
 
 
+def _finite(actions: NDArray[np.int64], logprobs: NDArray[np.float32], masks: NDArray[np.bool_] | None) -> Any:
+    """What an agent did, where it knew what it did."""
+    if not np.isfinite(logprobs).all():
+        raise NotFinite
+    return actions, logprobs, masks
+
+
 def _batched(observation: Any, reward: Any, terminated: Any, truncated: Any, info: dict[str, Any]) -> tuple[Any, ...]:
     return observation[None], [reward], [terminated], [truncated], {key: [value] for key, value in info.items()}
 
@@ -135,7 +154,12 @@ def _written(observation: NDArray[np.int64], task: Task) -> NDArray[np.int64]:
     return written
 
 
-def _stack(episodes: list[_Episode], task: Task, device: torch.device) -> Rollout:
+def _stack(every: list[_Episode], task: Task, device: torch.device) -> Rollout:
+    """Episodes as a `Rollout`, those left out whose scores failed."""
+    faults = [e.fault for e in every if e.fault is not None]
+    episodes = [e for e in every if e.fault is None]
+    if not episodes:
+        raise AllDropped(faults)
     tokens, prompt_lengths, mask = pad_responses([e.prompt for e in episodes], [e.actions for e in episodes], device)
     rollout = Rollout(
         tokens=tokens,
@@ -147,6 +171,7 @@ def _stack(episodes: list[_Episode], task: Task, device: torch.device) -> Rollou
         stopped=torch.tensor([e.actions[-1] == task.eos_token_id for e in episodes], device=device),
         rows=[e.row for e in episodes],
         completions=[e.completion for e in episodes],
+        dropped=faults,
     )
 
     def flat(name: str) -> Tensor:

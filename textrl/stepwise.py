@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,28 @@ class StepwiseLM:
         return logits
 
 
+def longest_text(model: PreTrainedModel) -> int:
+    """How many tokens a model reads at most; a huge number where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
+
+
+def check_positions(name: str, model: PreTrainedModel, task: Task) -> None:
+    """Refuses a model that cannot read a task's longest text.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    length, limit = task.max_prompt_tokens + task.max_new_tokens, longest_text(model)
+    if limit < length:
+        raise ValueError(
+            f"{name} reads at most {limit} tokens, but the task's prompt and response need {length}:"
+            " lower max_prompt_tokens or max_new_tokens"
+        )
+
+
 def frozen_reference(reference: PreTrainedModel | str | Path, task: Task) -> tuple[PreTrainedModel, StepwiseLM]:
     """An environment's reference model, frozen, and the stepper that asks it."""
     model = load_model(reference, task.tokenizer, frozen=True)
+    check_positions("reference", model, task)
     return model, StepwiseLM(CausalPolicy(model, task.vocab_size), task.vocab_size)

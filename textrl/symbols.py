@@ -25,15 +25,16 @@ def symbol_tokenizer(symbols: str | Sequence[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = list(symbols)
-    if not names or not all(names) or len(set(names)) != len(names):
-        raise ValueError(f"symbols must be different, non-empty strings, at least one; got {names!r}")
+    names = list(symbols) if isinstance(symbols, (str, Sequence)) else []
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"symbols must be different, non-empty strings, at least one; got {symbols!r}")
     end = "<end>"
     if end in names:
         raise ValueError(f"symbols must not contain {end!r}, the name of the end token; got {names!r}")
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     backend = Tokenizer(models.WordLevel(vocab={end: 0, **{name: i + 1 for i, name in enumerate(names)}}))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior="isolated")
+    # any other character is a piece of its own, so that "<end>" in a text is text, which is not in the vocabulary
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{longest_first}|[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

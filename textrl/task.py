@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .scores import Scores, check_scores
+from .asking import Asking, ask
+from .config import check, is_count
+from .scores import Scores
 from .scores import call_score as call_score
 from .scores import shorten as shorten
 from .symbols import symbol_tokenizer as symbol_tokenizer
@@ -21,6 +23,7 @@ Row = dict[str, Any]
 """One prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
+FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
 _CACHED_PROMPTS = 100_000
 
 
@@ -54,8 +57,9 @@ class Task:
         max_new_tokens: int,
         max_prompt_tokens: int | None = None,
     ) -> None:
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}")
+        check("max_new_tokens", max_new_tokens, is_count(max_new_tokens), "a whole number of at least 1")
+        limit = max_prompt_tokens
+        check("max_prompt_tokens", limit, limit is None or is_count(limit), "a whole number of at least 1, or None")
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(
                 f"tokenizer must have an end-of-sequence token (tokenizer.eos_token); got {type(tokenizer).__name__}"
@@ -67,6 +71,7 @@ class Task:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.token_scores: bool | None = None
         """Whether `score` gives a list per text; None until a score has been seen."""
+        self.asking = Asking()  # how `score` is asked: how long it may take, and what happens when it fails
         self._symbols = symbols_of(tokenizer)
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._encoded: dict[str, NDArray[np.int64]] = {}
@@ -162,6 +167,7 @@ class Task:
             rows = self.prompts()
             if rows is None:
                 return None
+            check("prompts", rows, hasattr(rows, "__len__") and not isinstance(rows, (str, Mapping)), "a list of rows")
             if len(rows) == 0:
                 raise ValueError("prompts is empty: a task needs at least one prompt")
             self._rows = [check_row(row) for row in rows]
@@ -222,7 +228,7 @@ class Task:
     def evaluate(
         self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]], completions: list[str] | None = None
     ) -> Scores:
-        """Calls `score` once for a batch and checks what it gave.
+        """Calls `score` once for a batch and checks what it gave; once a response only where that fails.
 
         Args:
             rows: B rows.
@@ -230,15 +236,16 @@ class Task:
             completions: their text, where it is at hand already.
 
         Raises:
-            ValueError: for a wrong number of scores, or one that is not a finite number, naming prompt and response.
+            ScoreError: a `ValueError`, where the score raises, takes too long, gives a wrong number of scores or one
+                that is not a finite number, naming prompt and response.
         """
         if completions is None:
             completions = self.decode(completion_ids)
-        given = self._columns(rows, completion_ids)
         prompts = [row["prompt"] for row in rows]
-        said = self.score(prompts=prompts, completions=completions, **given)
-        scores = check_scores(said, prompts, completions, given["completion_ids"])
-        self.token_scores = scores.tokens is not None
+        given = {"prompts": prompts, "completions": completions, **self._columns(rows, completion_ids)}
+        scores = ask(self.score, given, self.asking)
+        if len(scores.faults) < len(rows):
+            self.token_scores = scores.tokens is not None
         return scores
 
     def finish(self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> tuple[Scores, dict[str, Any]]:
@@ -257,6 +264,8 @@ class Task:
             "score": scores.totals,
             "finish_reason": ["stop" if response[-1] == end else "length" for response in completion_ids],
         }
+        if scores.faults:
+            columns[FAULT] = [scores.faults.get(i) for i in range(len(rows))]
         if type(self).describe is not Task.describe:
             given = self._columns(rows, completion_ids)
             for key, values in self.describe(prompts=prompts, completions=completions, **given).items():

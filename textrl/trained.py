@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 
 from .agent import Agent
-from .checkpoint import read_manifest
+from .checkpoint import verify
 from .flags import agent_class, check_env_id
 
 
@@ -17,13 +17,13 @@ def trained_agent(folder: Path, run: dict[str, Any], seed: int, critic: bool = F
 
     Args:
         folder: of the run.
-        run: what `read_run` says of it.
+        run: what `finished_run` says of it.
         seed: of prompts and samples.
         critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
     """
     cls, final = agent_class(run["agent"]), folder / "final"
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
-    manifest = read_manifest(final)
+    manifest = verify(final)
     if critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"]):
         return cls.load(final, env, seed=seed)
     if manifest["agent"] != cls.__name__:

@@ -236,6 +236,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             scores = self.task.evaluate(*self._episodes(indices))
             if scores.tokens is not None:
                 rewards[indices] += scores.last
+                rewards[indices[list(scores.faults)]] = np.nan
 
     def _into_final(self, infos: Info, final: Info, ended: Bools) -> None:
         """SAME_STEP: what belongs to the ended episodes moves into `final_obs` and `final_info`."""

@@ -1,0 +1,45 @@
+"""The command `textrl doctor`: what it takes, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import gymnasium as gym
+
+from .flags import check_env_id, parse_env_args
+from .render import escape
+
+
+def doctor_parser(commands: Any) -> None:
+    """Adds the command."""
+    doctor = commands.add_parser("doctor", help="check an environment and a model before training")
+    doctor.add_argument("env", metavar="ENV", help="see textrl envs")
+    doctor.add_argument("--env-arg", action="append", default=[], metavar="NAME=VALUE", help="as for train")
+    doctor.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
+    doctor.add_argument("--reference", help="folder or hub name of the frozen reference")
+    doctor.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: 0.1 with a reference)")
+    doctor.add_argument("--prompts", metavar="FILE", help="as for train")
+    doctor.add_argument("--trainable-layers", type=int, metavar="N", help="as for train")
+    doctor.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: %(default)s)")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Prints what each check found; 1 if there is a fault."""
+    from .agent import Agent
+    from .doctor import diagnose
+    from .policy import few_threads
+
+    kwargs = parse_env_args(options.env_arg)
+    if options.prompts is not None:
+        kwargs["prompts"] = options.prompts
+    default = 0.0 if options.reference is None else 0.1
+    kwargs |= {"reference": options.reference, "kl_coef": default if options.kl_coef is None else options.kl_coef}
+    env = gym.make(check_env_id(options.env), disable_env_checker=True, **kwargs)
+    agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
+    with few_threads(agent.model):
+        found = diagnose(agent)
+    for finding in found:
+        print(escape(str(finding)))
+    return int(not all(finding.fine for finding in found))

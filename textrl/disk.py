@@ -1,0 +1,44 @@
+"""Writing to a disk that may be full: a file is there whole or as it was, and an error names it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Names the file in an error of writing to it, such as a full disk, which does not name it by itself.
+
+    Raises:
+        OSError: with the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON beside and then renames it: the file is there whole or as it was."""
+    part = file.with_name(file.name + ".part")
+    try:
+        with writing(file):
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            sync(part)
+            part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

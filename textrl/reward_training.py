@@ -1,0 +1,231 @@
+"""Fitting a reward model to preferences, with checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from . import checkpoint, state
+from .config import check
+from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
+from .logging import RunLog
+from .optim import Optimizer
+from .policy import train_last_layers, trainable
+from .runs import Checkpoints, Signals
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .rewards import RewardModel
+
+KIND = "reward model in training"
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, eq. 1): (B,), (B,) -> ()."""
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def _groups(pairs: Dataset) -> list[NDArray[np.int64]]:
+    """The rows of each group of pairs; every row is its own where there is no column "group"."""
+    if "group" not in pairs.column_names:
+        return list(np.arange(len(pairs))[:, None])
+    groups = np.asarray(pairs["group"])
+    order = groups.argsort(kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """Settings of reward-model training."""
+
+    learning_rate: float = 1e-4  # step size of AdamW, falling linearly to zero
+    batch_size: int = 16  # groups of pairs a step; without a column "group" each pair is one
+    epochs: int = 1  # passes over the pairs
+    seed: int = 0  # of the order of the groups
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    weight_decay: float = 0.0  # of AdamW
+    trainable_layers: int | None = None  # only the last so many blocks learn; None: all
+
+
+@dataclass
+class _Progress:
+    """How far a training is: what of it is in a checkpoint beside weights and optimizer."""
+
+    step: int = 0  # batches learned from
+    seen: int = 0  # pairs learned from
+    next: int = 0  # pairs at which the next checkpoint is due
+    best: int | None = None  # pairs at the checkpoint with the lowest mean loss before it
+    best_loss: float = math.inf
+    total: float = 0.0  # of the losses since the last checkpoint
+    count: int = 0
+    stuck: int = 0  # steps in a row that were not taken because a number was not finite
+
+
+class _Training:
+    """A reward model, its optimizer, and how far it is."""
+
+    def __init__(self, reward_model: RewardModel, pairs: Dataset, config: RewardModelConfig) -> None:
+        self.reward_model, self.pairs, self.config = reward_model, pairs, config
+        train_last_layers(reward_model.model, config.trainable_layers)
+        self.optimizer = Optimizer(
+            trainable(reward_model.model),
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            weight_decay=config.weight_decay,
+            eps=1e-8,
+        )
+        rng = np.random.default_rng(config.seed)
+        self.members = _groups(pairs)
+        order = np.concatenate([rng.permutation(len(self.members)) for _ in range(config.epochs)])
+        self.batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        self.now = _Progress()
+
+    def step(self) -> dict[str, float]:
+        """Learns from the next batch."""
+        now, optimizer = self.now, self.optimizer
+        optimizer.learning_rate = self.config.learning_rate * (1 - now.step / len(self.batches))
+        rows = np.concatenate([self.members[group] for group in self.batches[now.step]])
+        chosen, rejected = self.reward_model.pair_scalars(self.pairs[rows])
+        loss = preference_loss(chosen, rejected)
+        loss.backward()  # type: ignore[no-untyped-call]
+        skipped = optimizer.skipped
+        metrics = {
+            "train/loss": float(loss.detach()),
+            "train/accuracy": float((chosen > rejected).float().mean()),
+            "train/grad_norm": optimizer.step(),
+        }
+        now.stuck = now.stuck + 1 if optimizer.skipped > skipped else 0
+        if optimizer.skipped:
+            metrics["train/skipped_steps"] = optimizer.skipped
+        now.step, now.seen = now.step + 1, now.seen + len(rows)
+        now.total, now.count = now.total + metrics["train/loss"], now.count + 1
+        return metrics
+
+    def due(self, every: int) -> bool:
+        """Whether a checkpoint is due, at places that do not depend on interruptions; and whether it is the best."""
+        now = self.now
+        if now.seen < now.next and now.step < len(self.batches):
+            return False
+        while now.next <= now.seen:
+            now.next += every
+        if now.count and now.total / now.count < now.best_loss:
+            now.best, now.best_loss = now.seen, now.total / now.count
+        now.total, now.count = 0.0, 0
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a training to go on."""
+        content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
+        digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+        return {"agent": KIND, "config": json.loads(json.dumps(dataclasses.asdict(self.config))), "pairs": digest}
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        with checkpoint.whole_folder(folder, checkpoint.MANIFEST) as part:
+            checkpoint.save_module(self.reward_model.model, part, "")
+            self.reward_model.tokenizer.save_pretrained(part)
+            tensors: state.Tensors = {}
+            content = {"progress": dataclasses.asdict(self.now), "optimizer": state.pack(self.optimizer, tensors)}
+            content["progress"] = state.pack(content["progress"], tensors)
+            checkpoint.save_state(part, content, tensors)
+            checkpoint.write_manifest(part, self.facts())
+
+    def restore(self, folder: Path) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            CheckpointError: for one that is damaged.
+            ValueError: for one of another training.
+        """
+        manifest, facts = checkpoint.verify(folder), self.facts()
+        if other := [name for name, value in facts.items() if manifest.get(name) != value]:
+            raise ValueError(f"folder {str(folder)!r} holds a training with another {', '.join(other)}")
+        checkpoint.load_module(self.reward_model.model, folder, "")
+        content, tensors = checkpoint.load_state(folder)
+        device = self.reward_model.model.device
+        state.unpack(content["optimizer"], tensors, device, self.optimizer)
+        self.now = _Progress(**state.unpack(content["progress"], tensors, device))
+
+
+def train_reward_model(
+    reward_model: RewardModel,
+    pairs: Dataset,
+    config: RewardModelConfig | None = None,
+    *,
+    log_dir: str | Path | None = None,
+    progress_bar: bool = False,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    resume: bool = False,
+) -> None:
+    """Fits a reward model to preference pairs in place.
+
+    Args:
+        reward_model: to be trained.
+        pairs: columns "prompt", "chosen" and "rejected", texts; and "group", whole numbers, where comparisons of the
+            same few texts belong in one step: each text is then read once for all of them (Ouyang 2022, section 3.5).
+        config: settings.
+        log_dir: where `progress.csv`, TensorBoard's files and checkpoints go.
+        progress_bar: shows a bar and a row a step.
+        checkpoint_every: pairs between checkpoints in `log_dir/checkpoints`. With it, SIGINT and SIGTERM end the step
+            and leave a checkpoint too, and `log_dir/best` is the one with the lowest mean loss before it.
+        keep: so many of the newest checkpoints stay, and the best.
+        resume: goes on from the newest whole checkpoint in `log_dir`, if there is one. On the CPU the result is that of
+            a training that was never stopped, to the last bit.
+
+    Raises:
+        ValueError: for an empty dataset, missing columns, or a folder that holds another training.
+        TrainingError: when loss or gradient are not finite three times in a row.
+    """
+    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
+    if missing or len(pairs) == 0:
+        raise ValueError(
+            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
+            f" {pairs.column_names}"
+        )
+    check("checkpoint_every", checkpoint_every, checkpoint_every is None or checkpoint_every >= 1, "at least 1")
+    check("keep", keep, keep >= 1, "at least 1")
+    for name, value in (("checkpoint_every", checkpoint_every), ("resume", resume)):
+        check(name, value, log_dir is not None or not value, "left out without log_dir")
+    config = config or RewardModelConfig()
+    training = _Training(reward_model, pairs, config)
+    saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
+    if resume and saved is not None:
+        saved.go_on(training.restore)
+    now = training.now
+    now.next = now.next or (checkpoint_every or 0)
+    log = RunLog(
+        log_dir,
+        progress_bar,
+        config.epochs * len(pairs),
+        "reward model",
+        unit="pairs",
+        after=now.step,
+        timesteps=now.seen,
+    )
+    with log, Signals(checkpoint_every is not None) as signals:
+        while now.step < len(training.batches):
+            metrics = training.step()
+            log.write(metrics, now.seen, now.step, now.seen)
+            if now.stuck >= SKIPS_IN_A_ROW:
+                raise TrainingError(
+                    f"loss or gradient of the reward model was not finite in {SKIPS_IN_A_ROW} steps in a row;"
+                    f" {last_good(saved)}; a lower learning_rate usually mends it"
+                )
+            if saved is None or checkpoint_every is None:
+                continue
+            if training.due(checkpoint_every) or signals.caught:
+                log.sync()
+                signals.leave(saved.write(now.seen, training.save, now.best))
+    reward_model.model.requires_grad_(False)
