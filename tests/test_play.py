@@ -171,7 +171,7 @@ BAD = {
     "unknown env 'textrl/Copi-v0'": ["textrl/Copi-v0"],
     "--save must be a file whose name ends in .jsonl; got 'x.csv'": [*SMALL, "--save", "x.csv"],
     "--save must be in a folder that exists": [*SMALL, "--save", "absent/x.jsonl"],
-    "RUN must be the --log-dir of a textrl train": [*SMALL, "--run", "absent"],
+    "--run must be the --log-dir of a textrl train": [*SMALL, "--run", "absent"],
     "--model must be left out with --run": [*SMALL, "--run", "absent", "--model", "x"],
     "kl_coef=0.1 needs a reference": [*SMALL, "--kl-coef", "0.1"],
     "model must be a folder that exists": [*SMALL, "--model", "no/such/folder"],
