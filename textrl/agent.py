@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import checkpoint, loop
 from .config import AgentConfig as AgentConfig
 from .config import check as check
 from .config import make_config
 from .files import read_rows
-from .generation import Sampling, draw, generate
+from .generation import Sampling, draw, generate, stop_at
 from .loop import Callback
+from .memory import halving
 from .optim import Optimizer
 from .policy import (
     CausalPolicy,
     load_model,
     pick_device,
     pick_dtype,
+    recompute_blocks,
     small_model,
     train_last_layers,
     trainable,
@@ -38,9 +42,6 @@ from .stepping import is_bare as is_bare
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 """A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
@@ -104,9 +105,15 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
+        self.halved = False  # whether memory has not sufficed once
+        self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         if self.base.reference is not None and next(self.base.reference.parameters()).device != self.device:
             self.base.reference.to(self.device)
         self.build()
+        if self.config.activation_checkpointing:
+            for module in self.modules.values():
+                if isinstance(module, PreTrainedModel):
+                    recompute_blocks(module)
         self.optimizer = Optimizer(
             trainable(*self.modules.values()),
             self.learning_rate,
@@ -164,6 +171,7 @@ class Agent:
                 group_size=self.group_size,
                 tokens_at_once=self.config.max_tokens_per_microbatch,
                 narrow=self.narrow if self.narrows else None,
+                value=self.state_value,
             )
         if self.group_size > 1:
             raise ValueError(
@@ -212,14 +220,25 @@ class Agent:
         by_group = mean_over == "groups"
         size = batch.group_size if by_group else 1
         total = len(batch) if by_group else max(1, batch.num_tokens)
-        out: dict[str, float] = {}
-        for part in microbatches(batch, self.config.max_tokens_per_microbatch, size):
-            piece = batch.select(part, size)
-            share = (len(piece) if by_group else piece.num_tokens) / total
-            value, numbers = loss(piece)
-            torch.autograd.backward(value * share)
-            for key, number in {"loss": value, **numbers}.items():
-                out[key] = out.get(key, 0.0) + float(number.detach()) * share
+
+        def accumulate(tokens_at_once: int) -> dict[str, float]:
+            out: dict[str, float] = {}
+            for part in microbatches(batch, tokens_at_once, size):
+                piece = batch.select(part, size)
+                share = (len(piece) if by_group else piece.num_tokens) / total
+                value, numbers = loss(piece)
+                torch.autograd.backward(value * share)
+                for key, number in {"loss": value, **numbers}.items():
+                    out[key] = out.get(key, 0.0) + float(number.detach()) * share
+            return out
+
+        limit = self.config.max_tokens_per_microbatch
+        if self.halved:
+            out = accumulate(limit)
+        else:
+            out, now = halving(accumulate, limit, batch.tokens.numel(), self.optimizer.zero_grad)
+            if now != limit:
+                self.config, self.halved = replace(self.config, max_tokens_per_microbatch=now), True
         out["grad_norm"] = self.optimizer.step()
         return out
 
@@ -332,6 +351,8 @@ class Agent:
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
         deterministic: bool = False,
     ) -> list[str]:
         """One response to each prompt, as text.
@@ -342,10 +363,12 @@ class Agent:
             temperature: default: the environment's.
             top_k: only the k most probable tokens (0: all).
             top_p: only the most probable tokens that reach p together.
+            min_new_tokens: neither the end token nor a stop string ends a response before this many tokens.
+            stop_strings: a response ends with the token that completes one of these texts.
             deterministic: the most probable token always.
         """
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
-        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, greedy=deterministic)
+        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, min_new_tokens, deterministic)
         sampled = generate(
             self.policy,
             [self.task.encode({"prompt": prompt}) for prompt in prompts],
@@ -353,6 +376,7 @@ class Agent:
             [self.task.eos_token_id],
             sampling=sampling,
             generator=self.generator,
+            stop=stop_at(stop_strings, self.task.decode) if stop_strings else None,
         )
         lengths = sampled.lengths.tolist()
         return self.task.decode([r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)])

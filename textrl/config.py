@@ -27,6 +27,7 @@ class AgentConfig:
     weight_decay: float = 0.0  # of AdamW
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
+    activation_checkpointing: bool = False  # blocks run again in the backward pass: less memory, a third more time
 
     def __post_init__(self) -> None:
         """Checks the types of all settings and the ranges of those that all agents share."""

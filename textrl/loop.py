@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .config import check
 from .logging import RunLog
+from .memory import explained
 from .policy import few_threads
 from .runs import Checkpoints, Signals
 from .state import forget_caches
@@ -117,10 +118,11 @@ def _iterate(agent: Agent, goal: int, total: int) -> dict[str, float]:
     if agent.config.learning_rate_schedule == "linear":
         agent.anneal(agent.progress_remaining)
     began = time.perf_counter()
-    rollout = agent.collect()
-    collected = time.perf_counter()
     skipped = agent.optimizer.skipped
-    metrics = {**rollout.metrics(), **agent.update(rollout)}
+    with explained(agent.config):
+        rollout = agent.collect()
+        collected = time.perf_counter()
+        metrics = {**rollout.metrics(), **agent.update(rollout)}
     agent.stepper.forget()
     forget_caches(agent.env)
     agent.num_timesteps += rollout.num_tokens

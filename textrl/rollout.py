@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .batch import Rollout as Rollout
 from .batch import batched_logprobs as batched_logprobs
@@ -70,6 +71,7 @@ def collect_sampled(
     group_size: int = 1,
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Samples whole responses to prompts of the task.
 
@@ -82,9 +84,12 @@ def collect_sampled(
         group_size: samples of each prompt.
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
+        value: a critic on the policy's own states, (n, d) -> (n,), asked while sampling.
     """
     rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
-    rollout = sample_episodes(env, policy, rows, generator=generator, tokens_at_once=tokens_at_once, narrow=narrow)
+    rollout = sample_episodes(
+        env, policy, rows, generator=generator, tokens_at_once=tokens_at_once, narrow=narrow, value=value
+    )
     rollout.group_size = group_size
     return rollout
 
@@ -97,6 +102,7 @@ def sample_episodes(
     generator: torch.Generator,
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Samples one whole response to each row; the reference and the score are asked once for the batch.
 
@@ -109,6 +115,7 @@ def sample_episodes(
         generator: draws the tokens.
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
+        value: a critic on the policy's own states, (n, d) -> (n,), asked while sampling.
     """
     task = env.task
     prompts = [task.encode(row) for row in rows]
@@ -121,6 +128,7 @@ def sample_episodes(
         sampling=Sampling(temperature=policy.temperature),
         generator=generator,
         allowed=_masks(task, rows, prompts, narrow, seen),
+        value=value,
     )
     steps = int(sampled.lengths.max())
     mask = torch.arange(steps, device=policy.device) < sampled.lengths[:, None]
@@ -153,6 +161,8 @@ def sample_episodes(
         batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), mask))
         rollout.logprobs = batched
+    elif sampled.values is not None:
+        rollout.values = sampled.values[:, :steps]
     if env.reference is not None:
         reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):
