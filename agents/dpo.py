@@ -70,8 +70,8 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
 class DPO(Agent):
     """Learns from pairs which of two responses is the better one.
 
-    The reference is the environment's, or else the model as it starts; it is asked once for every pair, before the
-    first update.
+    The reference is the environment's, or else the model as it starts; it is asked once for every pair: the
+    environment's when the pair is first drawn, the model for all pairs before the first update.
 
     Args:
         env: whose tokenizer, prompts, horizon and reference hold.
@@ -132,8 +132,13 @@ class DPO(Agent):
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._reference is None or self._reference_of != self._digest:
-            self._reference, self._reference_of = self._ask_reference(), self._digest
-        return self._rollout(self._epochs.take(self.config.batch_size), self._reference)
+            self._reference, self._reference_of = torch.full((len(self._pairs), 2), torch.nan), self._digest
+        indices = self._epochs.take(self.config.batch_size)
+        asked = indices if self.base.reference is not None else torch.arange(len(self._pairs))
+        unknown = asked[self._reference[asked].isnan().any(1)]
+        if len(unknown):
+            self._reference[unknown] = self._ask_reference(unknown)
+        return self._rollout(indices, self._reference)
 
     def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
         pairs = [self._pairs[i] for i in indices.tolist()]
@@ -142,8 +147,8 @@ class DPO(Agent):
         responses = [response for _, both, _ in pairs for response in both]
         return given_rollout(self.task, prompts, responses, self.device, rows, group_size=2)
 
-    def _ask_reference(self) -> Tensor:
-        """The reference's log-probability of every response: (N, 2)."""
+    def _ask_reference(self, indices: Tensor) -> Tensor:
+        """The reference's log-probability of the responses of these n pairs: (n, 2)."""
         if self.base.reference is None and self.num_updates > 0:
             raise ValueError(
                 "reference is not known any more: the run that is continued started from another model; pass that model"
@@ -152,8 +157,8 @@ class DPO(Agent):
         model = self.base.reference or self.model
         reference = CausalPolicy(model, self.task.vocab_size, self.base.temperature)
         sums = []
-        for start in range(0, len(self._pairs), 1024):
-            part = torch.arange(start, min(start + 1024, len(self._pairs)))
+        for start in range(0, len(indices), 1024):
+            part = indices[start : start + 1024]
             rollout = self._rollout(part, torch.zeros(len(self._pairs), 2))
             logprobs = batched_logprobs(reference, rollout, self.config.max_tokens_per_microbatch)
             sums.append(logprobs.sum(1).view(-1, 2).cpu())
