@@ -86,14 +86,16 @@ class BestOfN(Agent):
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
         deterministic: bool = False,
     ) -> list[str]:
         """The best response to each prompt, sampled as the environment does; other arguments must be left alone.
 
         A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
         """
-        given = (max_new_tokens, temperature, top_k, top_p, deterministic)
-        check("arguments beside prompts", given, given == (None, None, 0, 1.0, False), "left alone for BestOfN")
+        given = (max_new_tokens, temperature, top_k, top_p, min_new_tokens, (*stop_strings,), deterministic)
+        check("arguments beside prompts", given, given == (None, None, 0, 1.0, 0, (), False), "left alone for BestOfN")
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
         known = {row["prompt"]: row for row in self.task.rows or []}
         best = self.best([known.get(prompt, {"prompt": prompt}) for prompt in prompts])

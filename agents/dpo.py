@@ -77,8 +77,8 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
 class DPO(Agent):
     """Learns from pairs which of two responses is the better one.
 
-    The reference is the environment's, or else the model as it starts; it is asked once for every pair, before the
-    first update.
+    The reference is the environment's, or else the model as it starts; it is asked once for every pair: the
+    environment's when the pair is first drawn, the model for all pairs before the first update.
 
     Args:
         env: whose tokenizer, prompts, horizon and reference hold.
@@ -145,9 +145,19 @@ class DPO(Agent):
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._reference is None or self._reference_of != self._digest:
-            self._reference, self._reference_of = self._ask_reference(), self._digest
+            self._reference, self._reference_of = torch.full((len(self._pairs), 2), torch.nan), self._digest
             self.best, self.best_loss = [], math.inf
-        return self._rollout(self._learned[self._epochs.take(self.config.batch_size)], self._reference)
+            self._epochs = Epochs(len(self._learned), self.generator)
+        indices = self._learned[self._epochs.take(self.config.batch_size)]
+        return self._rollout(indices, self._known(indices if self.base.reference else torch.arange(len(self._pairs))))
+
+    def _known(self, indices: Tensor) -> Tensor:
+        """What the reference says of all pairs it was asked about, (N, 2), those at `indices` among them."""
+        assert self._reference is not None
+        unknown = indices[self._reference[indices].isnan().any(1)]
+        if len(unknown):
+            self._reference[unknown] = self._ask_reference(unknown)
+        return self._reference
 
     def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
         pairs = [self._pairs[i] for i in indices.tolist()]
@@ -156,8 +166,8 @@ class DPO(Agent):
         responses = [response for _, both, _ in pairs for response in both]
         return given_rollout(self.task, prompts, responses, self.device, rows, group_size=2)
 
-    def _ask_reference(self) -> Tensor:
-        """The reference's log-probability of every response: (N, 2)."""
+    def _ask_reference(self, indices: Tensor) -> Tensor:
+        """The reference's log-probability of the responses of these n pairs: (n, 2)."""
         if self.base.reference is None and self.num_updates > 0:
             raise ValueError(
                 "reference is not known any more: the run that is continued started from another model; pass that model"
@@ -166,8 +176,8 @@ class DPO(Agent):
         model = self.base.reference or self.model
         reference = CausalPolicy(model, self.task.vocab_size, self.base.temperature)
         sums = []
-        for start in range(0, len(self._pairs), 1024):
-            part = torch.arange(start, min(start + 1024, len(self._pairs)))
+        for start in range(0, len(indices), 1024):
+            part = indices[start : start + 1024]
             rollout = self._rollout(part, torch.zeros(len(self._pairs), 2))
             logprobs = batched_logprobs(reference, rollout, self.config.max_tokens_per_microbatch)
             sums.append(logprobs.sum(1).view(-1, 2).cpu())
@@ -191,8 +201,7 @@ class DPO(Agent):
     @torch.no_grad()
     def _look(self) -> None:
         """Measures the loss on the pairs held out, and keeps the weights if it is the least so far."""
-        assert self._reference is not None
-        rollout = self._rollout(self._held, self._reference)
+        rollout = self._rollout(self._held, self._known(self._held))
         self.held_out_loss = 0.0
         for part in microbatches(rollout, self.config.max_tokens_per_microbatch, 2):
             piece = rollout.select(part, 2)

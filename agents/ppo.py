@@ -126,6 +126,7 @@ class PPO(Agent):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             self.modules["value_head"] = self.value_head
+            self.state_value = self._of_state
         else:
             self.value, self.critic = self._separate_critic(self._critic_from)
             self.modules["critic"] = self.critic
@@ -184,11 +185,15 @@ class PPO(Agent):
 
     def _head_values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor:
         """The shared critic's values, (B, T), from the trunk's states (n, d) where they are at hand."""
-        assert self.value_head is not None
         if hidden is None:
             rows, columns, _ = batch.places()
             hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)
-        return batch.spread(self.value_head(hidden.float())[:, 0])
+        return batch.spread(self._of_state(hidden))
+
+    def _of_state(self, hidden: Tensor) -> Tensor:
+        """The shared critic's values of the trunk's states: (n, d) -> (n,)."""
+        assert self.value_head is not None
+        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None and batch.returns is not None and batch.values is not None
@@ -202,7 +207,9 @@ class PPO(Agent):
         ratio = (logprobs - batch.logprobs).exp()
         policy_loss = clipped_policy_loss(ratio, batch.advantages, mask, config.clip_coef)
         value_loss = clipped_value_loss(values, batch.values, batch.returns, mask, config.clip_value)
-        loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy.mean()
+        loss = policy_loss + config.vf_coef * value_loss
+        if config.ent_coef != 0:
+            loss = loss - config.ent_coef * entropy.mean()
         with torch.no_grad():
             numbers = {
                 "policy_loss": policy_loss,

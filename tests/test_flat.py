@@ -12,7 +12,7 @@ import textrl.policy
 import textrl.slots
 from textrl.flat import FlatGPT2, FlatLlama, flat_of
 from textrl.generation import Sampling, generate
-from textrl.policy import CausalPolicy, small_model, value_model, values_at, without_dropout
+from textrl.policy import CausalPolicy, recompute_blocks, small_model, value_model, values_at, without_dropout
 from textrl.stepwise import StepwiseLM
 
 VOCAB = 11
@@ -166,6 +166,27 @@ def test_the_stepper_is_the_same(name, plainly):
     plain_stepper = StepwiseLM(policy, VOCAB)
     for mine, each in zip(flat, history, strict=True):
         torch.testing.assert_close(mine, plain_stepper(each), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_that_run_again_give_the_same_gradients(name):
+    model = MODELS[name]()
+    tokens, rows, columns = batch_of([3, 9, 6])
+    found, saved = [], []
+    for _ in range(2):
+        model.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            hidden = CausalPolicy(model, VOCAB).hidden(tokens, rows, columns)
+        hidden.sin().sum().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        saved.append(sum(kept))
+        recompute_blocks(model)
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+    assert saved[1] < 0.5 * saved[0]
+    with pytest.raises(ValueError, match=r"activation_checkpointing must be False .*got True"):
+        recompute_blocks(gpt2(activation_function="relu"))
 
 
 def test_an_update_of_the_weights_is_seen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .arguments import check_observations
 from .config import check
-from .generation import Sampling, draw, generate
+from .generation import Sampling, draw, generate, stop_at
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled
 from .stepping import collect_stepped, is_bare
 from .stepwise import StepwiseLM, longest_text
@@ -38,6 +39,7 @@ def collect(agent: Agent) -> Rollout:
             group_size=agent.group_size,
             tokens_at_once=agent.config.max_tokens_per_microbatch,
             narrow=agent.narrow if agent.narrows else None,
+            value=agent.state_value,
         )
     if agent.group_size > 1:
         raise ValueError(
@@ -88,7 +90,13 @@ def on_observation(
     return actions if np.ndim(observation) == 2 else actions[0]
 
 
-def on_prompts(agent: Agent, prompts: list[str], max_new_tokens: int | None, sampling: Sampling) -> list[str]:
+def on_prompts(
+    agent: Agent,
+    prompts: list[str],
+    max_new_tokens: int | None,
+    sampling: Sampling,
+    stop_strings: Sequence[str] = (),
+) -> list[str]:
     """One response to each prompt, as text."""
     check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
     check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
@@ -110,6 +118,7 @@ def on_prompts(agent: Agent, prompts: list[str], max_new_tokens: int | None, sam
         sampling=sampling,
         generator=agent.generator,
         allowed=allowed_after(task, rows, encoded, narrow) if fits else None,
+        stop=stop_at(stop_strings, task.decode) if stop_strings else None,
     )
     lengths = sampled.lengths.tolist()
     return task.decode([r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import acting, checkpoint, loop
 from .acting import allowed_at as allowed_at
@@ -21,8 +23,9 @@ from .failures import ask_as_configured
 from .files import read_rows
 from .generation import Sampling
 from .loop import Callback
+from .memory import halving
 from .optim import Optimizer
-from .policy import CausalPolicy, pick_device, trainable
+from .policy import CausalPolicy, pick_device, recompute_blocks, trainable
 from .rollout import Rollout, microbatches
 from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
@@ -34,7 +37,6 @@ from .trunk import frozen_blocks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel
 
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 """A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
@@ -103,8 +105,14 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
+        self.halved = False  # whether memory has not sufficed once
+        self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
         self.build()
+        if self.config.activation_checkpointing:
+            for module in self.modules.values():
+                if isinstance(module, PreTrainedModel):
+                    recompute_blocks(module)
         self.optimizer = Optimizer(
             *(trainable(module) for module in self.modules.values()),
             learning_rate=self.learning_rate,
@@ -169,14 +177,25 @@ class Agent:
         by_group = mean_over == "groups"
         size = batch.group_size if by_group else 1
         total = len(batch) if by_group else max(1, batch.num_tokens)
-        out: dict[str, float] = {}
-        for part in microbatches(batch, self.config.max_tokens_per_microbatch, size):
-            piece = batch.select(part, size)
-            share = (len(piece) if by_group else piece.num_tokens) / total
-            value, numbers = loss(piece)
-            torch.autograd.backward(value * share)
-            for key, number in {"loss": value, **numbers}.items():
-                out[key] = out.get(key, 0.0) + float(number.detach()) * share
+
+        def accumulate(tokens_at_once: int) -> dict[str, float]:
+            out: dict[str, float] = {}
+            for part in microbatches(batch, tokens_at_once, size):
+                piece = batch.select(part, size)
+                share = (len(piece) if by_group else piece.num_tokens) / total
+                value, numbers = loss(piece)
+                torch.autograd.backward(value * share)
+                for key, number in {"loss": value, **numbers}.items():
+                    out[key] = out.get(key, 0.0) + float(number.detach()) * share
+            return out
+
+        limit = self.config.max_tokens_per_microbatch
+        if self.halved:
+            out = accumulate(limit)
+        else:
+            out, now = halving(accumulate, limit, batch.tokens.numel(), self.optimizer.zero_grad)
+            if now != limit:
+                self.config, self.halved = replace(self.config, max_tokens_per_microbatch=now), True
         out["grad_norm"] = self.optimizer.step()
         return out
 
@@ -276,6 +295,8 @@ class Agent:
         temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
         deterministic: bool = False,
     ) -> list[str]:
         """One response to each prompt, as text; inside the task's action masks for the task's own prompts.
@@ -286,10 +307,12 @@ class Agent:
             temperature: default: the environment's.
             top_k: only the k most probable tokens (0: all).
             top_p: only the most probable tokens that reach p together.
+            min_new_tokens: neither the end token nor a stop string ends a response before this many tokens.
+            stop_strings: a response ends with the token that completes one of these texts.
             deterministic: the most probable token always.
         """
-        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, greedy=deterministic)
-        return acting.on_prompts(self, prompts, max_new_tokens, sampling)
+        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, min_new_tokens, deterministic)
+        return acting.on_prompts(self, prompts, max_new_tokens, sampling, stop_strings)
 
     # ---- saving ----------------------------------------------------------------------------------------------
 

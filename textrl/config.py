@@ -33,6 +33,7 @@ class AgentConfig:
     max_dropped_share: float = 0.25  # of the last 1,000 episodes: a run that drops more than this stops
     warn_kl: float = 25.0  # nats a response: a KL to the reference above this is warned of
     score_timeout: float | None = None  # seconds that a call of the score may take; None: as long as it likes
+    activation_checkpointing: bool = False  # blocks run again in the backward pass: less memory, a third more time
 
     def __post_init__(self) -> None:
         """Checks the types of all settings and the ranges of those that all agents share."""

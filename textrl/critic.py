@@ -70,9 +70,11 @@ def with_advantages(
 ) -> tuple[Rollout, float]:
     """The rollout with a critic's values, advantages by GAE, and returns, and how much of the returns the critic knew.
 
+    The critic is asked where sampling has not brought its values along.
+
     The returns are the advantages, before whitening, plus the values.
     """
-    values = batched_values(critic, rollout, tokens_at_once)
+    values = batched_values(critic, rollout, tokens_at_once) if rollout.values is None else rollout.values
     mask = rollout.action_mask
     advantages, returns = gae(rollout.rewards, values, mask, gamma, gae_lambda)
     known = explained_variance(values, returns, mask)

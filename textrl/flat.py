@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Model, LlamaModel, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
@@ -37,11 +38,13 @@ class Flat:
         layers: how many blocks there are.
         groups: G, the heads of keys and values.
         head_dim: D.
+        recompute: whether blocks run again in the backward pass, so that memory holds what one of them made.
     """
 
     layers: int
     groups: int
     head_dim: int
+    recompute: bool = False
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads: (n,), (n,) -> (n, d)."""
@@ -77,11 +80,16 @@ class Flat:
             (m, d).
         """
         angles = self.angles(positions, x.dtype)
-        for layer in range(first, self.layers):
+
+        def block(layer: int, x: Tensor) -> Tensor:
             attended = attend(layer, *self.qkv(layer, x, angles))
             if places is not None and layer == self.layers - 1:
-                x, attended = x[places], attended[places]
-            x = self.mix(layer, x, attended)
+                x, attended = x.index_select(0, places), attended.index_select(0, places)
+            return self.mix(layer, x, attended)
+
+        for layer in range(first, self.layers):
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, layer, x, use_reentrant=False) if again else block(layer, x)
         return self.norm(x)
 
 
@@ -92,6 +100,7 @@ class FlatGPT2(Flat):
         self.trunk = trunk
         self.layers, self.groups = len(trunk.h), trunk.config.n_head
         self.head_dim = trunk.config.n_embd // self.groups
+        self.recompute = trunk.gradient_checkpointing
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token embeddings, and the positions' where the model learns them."""
@@ -105,7 +114,8 @@ class FlatGPT2(Flat):
         """The first norm and the projections."""
         block = self.trunk.h[layer]
         both = _conv(_layer_norm(x, block.ln_1), block.attn.c_attn).view(len(x), 3, self.groups, self.head_dim)
-        return both[:, 0], both[:, 1], both[:, 2]
+        q, k, v = both.unbind(1)  # its backward pass is one copy; that of three slices is three and two sums
+        return q, k, v
 
     def mix(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The output projection, the second norm and the MLP."""
@@ -126,6 +136,7 @@ class FlatLlama(Flat):
         self.trunk = trunk
         self.layers, self.groups = len(trunk.layers), trunk.config.num_key_value_heads
         self.head_dim = trunk.config.head_dim
+        self.recompute = trunk.gradient_checkpointing
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token embeddings, and the positions' where the model learns them."""
@@ -212,13 +223,13 @@ def flat_of(model: PreTrainedModel) -> Flat | None:
     """
     trunk = model.base_model
     kinds = {GPT2Model: _GPT2, LlamaModel: _LLAMA}.get(type(trunk))
-    if kinds is None or _touched(model) or (model.training and _drops(model)):
+    if kinds is None or touched(model) or (model.training and _drops(model)):
         return None
     known = {*_PLAIN, *kinds}
-    if any(type(module) not in known or _touched(module) for module in trunk.modules()):
+    if any(type(module) not in known or touched(module) for module in trunk.modules()):
         return None
     config = trunk.config
-    if config._attn_implementation not in ("sdpa", "eager") or (trunk.gradient_checkpointing and trunk.training):
+    if config._attn_implementation not in ("sdpa", "eager"):
         return None
     if isinstance(trunk, GPT2Model):
         unknown = (
@@ -233,7 +244,7 @@ def flat_of(model: PreTrainedModel) -> Flat | None:
     return FlatLlama(trunk) if plain and len(trunk.layers) == config.num_hidden_layers else None
 
 
-def _touched(module: nn.Module) -> bool:
+def touched(module: nn.Module) -> bool:
     """Whether somebody changed what calling a module does."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
@@ -242,65 +253,3 @@ def _drops(model: PreTrainedModel) -> bool:
     config = model.config
     rates = (getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout"))
     return any(rates) or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
-
-
-# ---- attention over whole texts ------------------------------------------------------------------------------------
-
-
-class Packed:
-    """B rows of different lengths as one list of n tokens, row after row, and their causal attention.
-
-    Args:
-        lengths: (B,) tokens of each row that count; those after them are left out.
-    """
-
-    def __init__(self, lengths: Tensor) -> None:
-        self.batch, self.width = len(lengths), int(lengths.max())
-        real = torch.arange(self.width, device=lengths.device) < lengths[:, None]  # (B, S)
-        self.full = bool(real.all())
-        self.real = real.flatten().nonzero()[:, 0]  # (n,) places in (B * S)
-        self.positions = self.real % self.width  # (n,)
-        self.starts = lengths.cumsum(0) - lengths  # (B,)
-        self.source = (real.flatten().cumsum(0) - 1).clamp(min=0)  # (B * S,) in n; padding repeats a real token
-
-    def places(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Where (rows, columns) stand in the list: (m,), (m,) -> (m,)."""
-        return self.starts[rows] + columns
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, S or more, ...) -> (n, ...)."""
-        return x[:, : self.width].flatten(0, 1)[self.real]
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(n, ...) -> (B, S, ...); padding, which comes last and is never attended to, holds other tokens' numbers."""
-        chosen = x if self.full else x.index_select(0, self.source)
-        return chosen.view(self.batch, self.width, *x.shape[1:])
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within each row: (n, H, D), (n, G, D) twice -> (n, H * D)."""
-        q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))  # (B, H or G, S, D)
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (B, S, H, D)
-        out = out.flatten(2).flatten(0, 1)
-        return out if self.full else out.index_select(0, self.real)
-
-
-def states_at(
-    flat: Flat, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, first: int = 0
-) -> Tensor:
-    """A trunk's last states at the places (rows, columns), all other padding left out: (B, S) -> (m, d).
-
-    Args:
-        flat: the trunk.
-        tokens: (B, S), left-aligned.
-        rows: (m,), at least one.
-        columns: (m,).
-        below: (B, S, d), what the block `first` reads, where it is known.
-        first: the first block that runs, with `below`.
-    """
-    lengths = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-    lengths = lengths.scatter_reduce(0, rows, columns + 1, "amax")  # nothing after the last place is read
-    packed = Packed(lengths)
-    x = flat.embed(packed.pack(tokens), packed.positions) if below is None else packed.pack(below)
-    return flat.run(x, packed.positions, packed.attend, packed.places(rows, columns), first)

@@ -56,6 +56,30 @@ class Sampling:
                 raise ValueError(f"{name} must be {right}; got {value!r}")
 
 
+Stop = Callable[[list[list[int]]], Sequence[bool]]
+"""Responses so far, token ids -> which of them have come to their end."""
+
+
+def stop_at(texts: Sequence[str], decode: Callable[[list[list[int]]], Sequence[str]]) -> Stop:
+    """Ends a response with the token that completes one of these texts.
+
+    Args:
+        texts: what to stop at.
+        decode: token ids -> text; only the last few tokens of a response are decoded, enough for the longest text.
+
+    Raises:
+        ValueError: for an empty text.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop_strings must be a list of texts that are not empty; got {texts!r}")
+    tail = 4 * max((len(text) for text in texts), default=0) + 4  # a character is at most four tokens, its bytes
+
+    def stop(responses: list[list[int]]) -> list[bool]:
+        return [any(text in end for text in texts) for end in decode([ids[-tail:] for ids in responses])]
+
+    return stop
+
+
 @dataclass
 class Generation:
     """Sampled responses.
@@ -125,6 +149,7 @@ def generate(
     generator: torch.Generator | None = None,
     allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None = None,
     value: Callable[[Tensor], Tensor] | None = None,
+    stop: Stop | None = None,
 ) -> Generation:
     """Samples one response for each prompt.
 
@@ -137,6 +162,7 @@ def generate(
         generator: on the CPU, for the (B, T) random numbers, all drawn at once.
         allowed: responses (B, T), V where unwritten -> (B, V) bool masks or None, in the order of the prompts.
         value: a critic that reads what the head reads, (b, d) -> (b,).
+        stop: ends a response by what it says, from `min_new_tokens` tokens on; `stop_at` makes one from texts.
 
     Returns:
         the responses, in the order of the prompts.
@@ -146,11 +172,8 @@ def generate(
     """
     sampling = sampling or Sampling(temperature=policy.temperature)
     device, batch = policy.device, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = int(lengths.max())
-    tokens = torch.zeros(batch, width + max_new_tokens, dtype=torch.int64, device=device)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.from_numpy(np.asarray(prompt))
+    tokens, lengths = _left_aligned(prompts, max_new_tokens, device)
+    width = tokens.shape[1] - max_new_tokens
     uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
     ends = torch.tensor(list(eos_token_ids), device=device)
     responses = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
@@ -165,12 +188,14 @@ def generate(
     for t in range(max_new_tokens):
         forbidden = _forbidden(policy, responses, counts, rows, t, sampling, ends, allowed)
         drawn, drawn_logprobs = draw(policy.logits(hidden), uniforms[rows, t], sampling, forbidden)
-        responses[rows, t] = torch.where(running, drawn, 0)
-        logprobs[rows, t] = torch.where(running, drawn_logprobs, 0.0)
+        responses[rows, t] = drawn
+        logprobs[rows, t] = drawn_logprobs
         if values is not None and value is not None:
-            values[rows, t] = torch.where(running, value(hidden), 0.0)
+            values[rows, t] = value(hidden)
         counts[rows] += running
-        running = running & ~torch.isin(drawn, ends)
+        running = running & ~(drawn[:, None] == ends).any(1)
+        if stop is not None and t + 1 >= sampling.min_new_tokens:
+            running = running & ~torch.tensor(stop(responses[rows, : t + 1].tolist()), device=device)
         if t + 1 == max_new_tokens:
             break
         if device.type == "cpu" or t % CHECK_EVERY_ON_GPU == CHECK_EVERY_ON_GPU - 1:
@@ -182,9 +207,28 @@ def generate(
                 rows, running, drawn = rows[keep], running[keep], drawn[keep]
                 stepper.keep(keep)
         hidden = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
-    if not bool(logprobs.isfinite().all()):
+    return _cut(Generation(responses, counts, logprobs, values))
+
+
+def _cut(sampled: Generation) -> Generation:
+    """Zeroes what was written after the end of a row: it stays in the batch until enough others have ended too."""
+    steps = torch.arange(sampled.responses.shape[1], device=sampled.responses.device)
+    after = steps >= sampled.lengths[:, None]  # (B, T)
+    for written in (sampled.responses, sampled.logprobs, sampled.values):
+        if written is not None:
+            written.masked_fill_(after, 0)
+    if not bool(sampled.logprobs.isfinite().all()):
         raise NotFinite
-    return Generation(responses, counts, logprobs, values)
+    return sampled
+
+
+def _left_aligned(prompts: Sequence[NDArray[np.int64]], room: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The prompts and `room` more columns, (B, P + room), and their lengths, (B,)."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(lengths) + room, dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(np.asarray(prompt))
+    return tokens.to(device), torch.tensor(lengths, device=device)
 
 
 class _Plain:

@@ -16,6 +16,7 @@ from .failures import TrainingError as TrainingError
 from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
 from .logging import RunLog
+from .memory import explained
 from .policy import few_threads
 from .rollout import Rollout
 from .runs import Checkpoints, Signals
@@ -127,11 +128,12 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     if agent.config.learning_rate_schedule == "linear":
         agent.anneal(agent.progress_remaining)
     began = time.perf_counter()
-    rollout, dropped, metrics = _collect(agent)
-    collected = time.perf_counter()
     skipped = agent.optimizer.skipped
-    if rollout is not None:
-        metrics = {**rollout.metrics(), **agent.update(rollout)}
+    with explained(agent.config):
+        rollout, dropped, metrics = _collect(agent)
+        collected = time.perf_counter()
+        if rollout is not None:
+            metrics = {**rollout.metrics(), **agent.update(rollout)}
     agent.stepper.forget()
     forget_caches(agent.env)
     tokens = 0 if rollout is None else rollout.num_tokens

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from .adapters import CONFIG, load_adapted, plain_module
+from .config import check
+from .flat import flat_of
 from .hub import check_source
 from .tabular import register_tabular
 
@@ -177,11 +179,22 @@ def train_last_layers(model: nn.Module, layers: int | None) -> None:
         block.requires_grad_(False)
 
 
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Has every block run again in the backward pass: less memory, about a third more time.
+
+    Raises:
+        ValueError: for an architecture that does not have a flat forward.
+    """
+    known = flat_of(model) is not None
+    check("activation_checkpointing", True, known, "False for a model that is not a plain GPT-2 or Llama")
+    model.base_model.gradient_checkpointing = True
+
+
 @contextmanager
 def few_threads(model: nn.Module) -> Iterator[None]:
     """One CPU thread for a small model: its matrices are so small that threads wait longer than they work."""
     before = torch.get_num_threads()
-    small = sum(p.numel() for p in model.parameters()) < 2_000_000
+    small = sum(p.numel() for p in model.parameters()) < 500_000
     if small and next(model.parameters()).device.type == "cpu":
         torch.set_num_threads(1)
     try:

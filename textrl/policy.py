@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .flat import flat_of, states_at
+from .flat import flat_of, touched
+from .logprobs import pieces, token_logprobs
 from .models import check_vocabulary as check_vocabulary
 from .models import few_threads as few_threads
 from .models import load_model as load_model
 from .models import pick_device as pick_device
 from .models import pick_dtype as pick_dtype
+from .models import recompute_blocks as recompute_blocks
 from .models import small_model as small_model
 from .models import train_last_layers as train_last_layers
 from .models import trainable as trainable
 from .models import value_model as value_model
 from .models import without_dropout as without_dropout
+from .packed import states_at
 from .trunk import states_above
-
-CHUNK_BYTES = 32 * 2**20
-"""Float32 logits are made at most this many bytes at a time."""
 
 
 class CausalPolicy:
@@ -86,18 +86,19 @@ class CausalPolicy:
             entropy: whether to give the entropies.
 
         Returns:
-            (n,) and (n,) or None, float32. The chunks are recomputed in the backward pass.
+            (n,) and (n,) or None, float32.
         """
-        size = max(1, CHUNK_BYTES // (4 * self.vocab_size))
-        several = len(targets) > size and torch.is_grad_enabled() and hidden.requires_grad
+        head = head_of(self.model)
+        if type(head) is nn.Linear and head.bias is None and not touched(head):
+            return token_logprobs(hidden, head.weight[: self.vocab_size], targets, allowed, self.temperature, entropy)
         parts = []
-        for start in range(0, max(len(targets), 1), size):
-            piece = slice(start, start + size)
+        for piece in pieces(max(len(targets), 1), self.vocab_size):
             mask = None if allowed is None else allowed[piece]
             arguments = (hidden[piece], targets[piece], mask, entropy)
-            parts.append(
-                checkpoint(self._chunk, *arguments, use_reentrant=False) if several else self._chunk(*arguments)
-            )
+            if torch.is_grad_enabled() and hidden.requires_grad:  # recomputed in the backward pass
+                parts.append(checkpoint(self._chunk, *arguments, use_reentrant=False))
+            else:
+                parts.append(self._chunk(*arguments))
         entropies = torch.cat([part[1] for part in parts if part[1] is not None]) if entropy else None
         return torch.cat([part[0] for part in parts]), entropies
 

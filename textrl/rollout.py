@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .batch import Rollout as Rollout
 from .batch import batched_logprobs as batched_logprobs
@@ -71,6 +72,7 @@ def collect_sampled(
     group_size: int = 1,
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Samples whole responses to prompts of the task.
 
@@ -83,6 +85,7 @@ def collect_sampled(
         group_size: samples of each prompt.
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
+        value: a critic on the policy's own states, (n, d) -> (n,), asked while sampling.
     """
     rows = [row for _ in range(batch_size // group_size) for row in [env.task.sample(rng)] * group_size]
     return sample_episodes(
@@ -93,6 +96,7 @@ def collect_sampled(
         tokens_at_once=tokens_at_once,
         narrow=narrow,
         group_size=group_size,
+        value=value,
     )
 
 
@@ -105,6 +109,7 @@ def sample_episodes(
     tokens_at_once: int = 16384,
     narrow: Narrow | None = None,
     group_size: int = 1,
+    value: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Samples one whole response to each row; the reference and the score are asked once for the batch.
 
@@ -118,6 +123,7 @@ def sample_episodes(
         tokens_at_once: bound on the tokens of one forward of the reference.
         narrow: the agent's own masks, if it has any.
         group_size: so many rows next to each other are the same.
+        value: a critic on the policy's own states, (n, d) -> (n,), asked while sampling.
 
     Raises:
         ScoreError: where the score fails; where `task.asking` says to drop such responses, only if it fails for all.
@@ -133,6 +139,7 @@ def sample_episodes(
         sampling=Sampling(temperature=policy.temperature),
         generator=generator,
         allowed=allowed_after(task, rows, prompts, narrow, seen),
+        value=value,
     )
     steps = int(sampled.lengths.max())
     mask = torch.arange(steps, device=policy.device) < sampled.lengths[:, None]
@@ -150,6 +157,7 @@ def sample_episodes(
         stopped=last == task.eos_token_id,
         rows=list(rows),
         completions=completions,
+        values=None if sampled.values is None else sampled.values[:, :steps],
     )
     if seen:
         rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)
@@ -168,7 +176,7 @@ def sample_episodes(
     if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
         batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
-        rollout.logprobs = batched
+        rollout.logprobs, rollout.values = batched, None
     if env.reference is not None:
         reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):

@@ -10,7 +10,8 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from .flat import Flat, Packed, flat_of
+from .flat import Flat, flat_of
+from .packed import Packed
 from .policy import CausalPolicy
 
 

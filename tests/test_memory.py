@@ -1,0 +1,85 @@
+"""An allocation that fails: the microbatch is halved once, to the same effect; then one line says what to turn."""
+
+import copy
+
+import pytest
+import torch
+
+import textrl
+from textrl.agents import DPO, PPO
+from textrl.envs.copy import Copy
+from textrl.memory import OutOfMemory, is_out_of_memory
+
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), CPU, MemoryError()]
+
+
+def agent_of(**settings):
+    return PPO(textrl.TextEnv(Copy()), batch_size=16, seed=3, epochs=1, minibatches=2, dtype="float32", **settings)
+
+
+def failing(agent, error, when):
+    """The agent's loss fails for microbatches for which `when(tokens)` is true, and after some work."""
+    loss = agent._loss
+
+    def fails(batch):
+        result = loss(batch)
+        if when(batch.tokens.numel()):
+            result[0].backward()
+            raise error
+        return result
+
+    agent._loss = fails
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_the_update_goes_on_with_half_the_microbatch_to_the_same_effect(error):
+    plain, short = agent_of(), agent_of()
+    rollout = plain.collect()
+    short.generator.set_state(plain.generator.get_state())  # the same minibatches
+    largest = max(rollout.select(torch.arange(8)).tokens.numel(), 1)
+    failing(short, error, lambda tokens: tokens > 0.7 * largest)
+    want = plain.update(copy.deepcopy(rollout))
+    with pytest.warns(RuntimeWarning, match=r"max_tokens_per_microbatch is \d+ from now on \(it was 16384\)"):
+        got = short.update(copy.deepcopy(rollout))
+    assert 1 <= short.config.max_tokens_per_microbatch <= largest
+    for key, value in want.items():
+        assert got[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for a, b in zip(plain.model.parameters(), short.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_learn_goes_on_and_a_second_failure_names_the_options():
+    agent = agent_of()
+    failing(agent, CPU, lambda tokens: tokens > 50)
+    with pytest.warns(RuntimeWarning, match="out of memory in the update"):
+        agent.learn(60)
+    assert agent.num_updates >= 1
+    failing(agent, CPU, lambda tokens: True)
+    with pytest.raises(OutOfMemory, match=r"lower max_tokens_per_microbatch \(now \d+\).*batch_size \(now 16\)"):
+        agent.learn(60)
+
+
+def test_pairs_stay_whole_and_other_errors_pass():
+    rows = [{"prompt": "a", "chosen": "abc", "rejected": "c"}, {"prompt": "bc", "chosen": "a", "rejected": "cb"}]
+    agent = DPO(textrl.TextEnv(Copy()), dataset=rows, batch_size=8, dtype="float32")
+    sizes = []
+    failing(agent, ERRORS[0], lambda tokens: sizes.append(tokens) or tokens == sizes[0])
+    with pytest.warns(RuntimeWarning, match="out of memory in the update"):
+        agent.update(agent.collect())
+    assert max(sizes[1:]) <= sizes[0] // 2
+    broken = agent_of()
+    failing(broken, RuntimeError("shapes do not fit"), lambda tokens: True)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        broken.learn(10)
+    assert broken.config.max_tokens_per_microbatch == 16384
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_activation_checkpointing_learns_the_same():
+    plain, again = agent_of(), agent_of(activation_checkpointing=True)
+    assert again.critic.base_model.gradient_checkpointing and again.model.base_model.gradient_checkpointing
+    rollout = plain.collect()
+    again.generator.set_state(plain.generator.get_state())  # the same minibatches
+    want, got = plain.update(copy.deepcopy(rollout)), again.update(copy.deepcopy(rollout))
+    assert got == pytest.approx(want, rel=1e-5, abs=1e-6)

@@ -1,0 +1,126 @@
+"""Log-probabilities of tokens under a plain head, a chunk of rows at a time, with a backward pass of its own.
+
+With z = W h / temperature and log p = z - log sum exp z, only log p is ever made, and its gradient is written over it:
+
+    d log p(t) / dz = onehot(t) - p,      dH / dz = -p * (log p + H)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CHUNK_BYTES = 16 * 2**20
+"""Float32 logits are made at most this many bytes at a time: so much fits a cache, and is reused by an allocator."""
+KEEP_BYTES = 128 * 2**20
+"""As many bytes of them at most wait for the backward pass; beyond that they are made again."""
+NEVER = -1e30
+"""A logit whose probability is zero, and which a gradient may multiply without becoming infinite."""
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Hidden states and targets -> log-probabilities and entropies; see `token_logprobs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        allowed: Tensor | None,
+        temperature: float,
+        entropy: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(n, d), (V, d), (n,), (n, V) or None -> (n,), (n,) or None; `keep`: for the backward pass."""
+        logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        kept: list[Tensor] | None = [] if keep else None
+        for piece in pieces(len(targets), len(weight)):
+            table = log_softmax(hidden[piece], weight, temperature, None if allowed is None else allowed[piece])
+            logprobs[piece] = table.gather(-1, targets[piece, None])[:, 0]
+            if entropies is not None:
+                entropies[piece] = -table.exp().mul_(table).sum(-1)
+            if kept is not None:
+                kept.append(table)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, targets, allowed, entropies)
+        ctx.temperature, ctx.kept = temperature, kept
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        """The gradients of the hidden states and of the head."""
+        hidden, weight, targets, allowed, entropies = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # they are written over: a second backward pass makes them again
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad = torch.zeros_like(targets, dtype=torch.float32) if grad is None else grad
+        for i, piece in enumerate(pieces(len(targets), len(weight))):
+            if kept is None:
+                mask = None if allowed is None else allowed[piece]
+                table = log_softmax(hidden[piece], weight, ctx.temperature, mask)
+            else:
+                table, kept[i] = kept[i], torch.empty(0)
+            here = grad[piece, None]
+            if grad_entropy is None:
+                table.exp_().mul_(-here)
+            else:
+                p = table.exp()
+                table.add_(entropies[piece, None]).mul_(-grad_entropy[piece, None]).sub_(here).mul_(p)
+            table.scatter_add_(-1, targets[piece, None], here)
+            if ctx.temperature != 1:
+                table.div_(ctx.temperature)
+            table = table.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(table, weight, out=grad_hidden[piece])
+            if grad_weight is not None:
+                grad_weight.addmm_(table.t(), hidden[piece])
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def pieces(count: int, vocab_size: int) -> list[slice]:
+    """The rows of each chunk."""
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def log_softmax(hidden: Tensor, weight: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
+    """Float32 log-probabilities of all tokens, over the allowed ones: (n, d), (V, d), (n, V) or None -> (n, V)."""
+    logits = functional.linear(hidden, weight).float()
+    if temperature != 1:
+        logits.div_(temperature)
+    if allowed is not None:
+        logits.masked_fill_(~allowed, NEVER)
+    return logits.log_softmax(-1)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    allowed: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the targets under softmax(hidden @ weight.T / temperature), in float32, differentiable once.
+
+    Args:
+        hidden: (n, d).
+        weight: (V, d).
+        targets: (n,) token ids.
+        allowed: (n, V) bool; the distribution is renormalised over these tokens.
+        temperature: divides the logits.
+        entropy: whether to give the entropies; they cost a backward pass only where a loss has them.
+
+    Returns:
+        (n,) and (n,) or None.
+    """
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = backward and 4 * len(targets) * len(weight) <= KEEP_BYTES
+    arguments = (hidden, weight, targets, allowed, temperature, entropy, keep)
+    return TokenLogprobs.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]

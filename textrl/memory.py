@@ -1,0 +1,70 @@
+"""What to do when an allocation fails: halve the microbatch once, then say which options to turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .config import AgentConfig
+
+
+class OutOfMemory(ValueError):
+    """A batch that does not fit, and the options that make it smaller."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocator, a GPU's or the CPU's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def halving(
+    run: Callable[[int], dict[str, float]], tokens_at_once: int, largest: int, undo: Callable[[], None]
+) -> tuple[dict[str, float], int]:
+    """Runs once more with half the tokens at once where memory did not suffice.
+
+    Args:
+        run: tokens at once -> a result.
+        tokens_at_once: the bound to begin with.
+        largest: the tokens of the largest microbatch under that bound.
+        undo: called between the two.
+
+    Returns:
+        the result, and the bound in force from now on.
+    """
+    try:
+        return run(tokens_at_once), tokens_at_once
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    half = max(1, min(tokens_at_once, largest) // 2)  # outside of `except`: its traceback holds the memory
+    undo()
+    warnings.warn(
+        f"out of memory in the update: max_tokens_per_microbatch is {half} from now on (it was {tokens_at_once})",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return run(half), half
+
+
+@contextmanager
+def explained(config: AgentConfig) -> Iterator[None]:
+    """Turns an allocator's error into one line that names the options to turn.
+
+    Raises:
+        OutOfMemory: in its place.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory: lower max_tokens_per_microbatch (now {config.max_tokens_per_microbatch}) for less in a"
+            f" forward and backward pass, batch_size (now {config.batch_size}) for less while sampling, or"
+            f" trainable_layers (now {config.trainable_layers}) for a smaller optimizer ({str(error).splitlines()[0]})"
+        ) from error
