@@ -64,9 +64,13 @@ class Recorder:
         weight = self.agent.model.lm_head.weight
         if weight.grad is not None:
             self.gradients.append(weight.grad.clone())
+        self.zero_grad()
+        return 0.0
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
         for module in self.agent.modules.values():
             module.zero_grad()
-        return 0.0
 
 
 def sample(name: str, batches: int, batch_size: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

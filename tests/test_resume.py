@@ -118,11 +118,7 @@ def learn(make, folder, total=TOTAL, **options):
     return agent.learn(total, log_dir=folder, **options)
 
 
-WRAPPED = pytest.mark.xfail(strict=False, reason="wrappers with statistics are not yet restored to the last bit")
-NAMES = [pytest.param(name, marks=WRAPPED) if "single env" in name else name for name in RUNS]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_twice_ends_as_one_never_stopped(name, tmp_path):
     whole = learn(RUNS[name], tmp_path / "whole", checkpoint_every=100)
     updates = whole.num_updates

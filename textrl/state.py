@@ -7,6 +7,7 @@ or a list, tuple, dict or deque of these is state; so is a `Rollout`, and whatev
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections import deque
@@ -140,7 +141,7 @@ def unpack(value: Any, tensors: Tensors, device: torch.device, current: Any = No
 def _unpack_container(value: dict[str, Any], tensors: Tensors, device: torch.device, current: Any) -> Any:
     kind, content = next(iter(value.items()))
     if kind == "dict":
-        here = current if isinstance(current, dict) else {}
+        here = copy.copy(current) if isinstance(current, dict) else {}  # never the old one: it may be a task's row
         pairs = [(unpack(key, tensors, device), each) for key, each in content]
         found = {key: unpack(each, tensors, device, here.get(key)) for key, each in pairs}
         here.clear()  # of the kind it was, which may give values to missing keys
