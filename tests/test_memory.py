@@ -83,3 +83,13 @@ def test_activation_checkpointing_learns_the_same():
     again.generator.set_state(plain.generator.get_state())  # the same minibatches
     want, got = plain.update(copy.deepcopy(rollout)), again.update(copy.deepcopy(rollout))
     assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_a_run_that_is_resumed_keeps_the_halved_microbatch(tmp_path):
+    agent = agent_of()
+    failing(agent, CPU, lambda tokens: tokens > 50)
+    with pytest.warns(RuntimeWarning, match="out of memory in the update"):
+        agent.learn(60, log_dir=tmp_path, checkpoint_every=1)
+    again = agent_of()
+    again.learn(120, log_dir=tmp_path, resume=True)
+    assert again.config == agent.config != agent_of().config

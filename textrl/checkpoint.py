@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "agent.json"
 STATE, TENSORS = "state.json", "state.safetensors"
+BOUND = "max_tokens_per_microbatch"
+"""A setting that a run may lower by itself, and that may be another on another machine."""
 
 
 class CheckpointError(ValueError):
@@ -236,8 +238,8 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
     settings = json.loads(json.dumps(settings))
     differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
-    if differing and not new_settings:
-        raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(differing)}")
+    if (others := [name for name in differing if name != BOUND]) and not new_settings:
+        raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(others)}")
     for name, module in agent.modules.items():
         if not has_adapter(module):
             load_module(module, folder, "" if name == "policy" else name)
@@ -251,6 +253,8 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     agent.base.kl_coef = manifest["kl_coef"]
     state.unpack_attributes(agent, content["agent"], tensors, agent.device)
     state.unpack_env(agent.env, content["env"], tensors, agent.device)
+    if agent.halved:
+        agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
     agent.anneal(agent.schedule)
     agent.resumed = Resumed(content["generators"], tensors)
 
