@@ -1,5 +1,6 @@
 """`Agent`: the loop, stepping against sampling, saving, and what a user gets wrong."""
 
+import copy
 import csv
 
 import gymnasium as gym
@@ -221,3 +222,31 @@ def test_a_score_that_misbehaves_is_named_with_prompt_and_response(message):
     ).unwrapped  # fmt: skip
     with pytest.raises(ValueError, match=message):
         env.task.evaluate(env.task.rows, [[1, 0], [2, 2, 0]])
+
+
+class Sampled(textrl.Task):
+    """Says nothing of how long its prompts are."""
+
+    def __init__(self, prompt):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=4)
+        self.prompt = prompt
+
+    def sample(self, rng):
+        return {"prompt": self.prompt}
+
+    def score(self, prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+
+def test_a_task_that_only_samples_may_meet_a_short_model_as_long_as_its_prompts_fit():
+    model = small_model(3, 8)
+    for prompt, fits in (("aba", True), ("ababa", False)):
+        for env in (textrl.TextEnv(Sampled(prompt)), gym.wrappers.TimeLimit(textrl.TextEnv(Sampled(prompt)), 10)):
+            agent = REINFORCE(env, copy.deepcopy(model), batch_size=4, device="cpu")
+            if fits:
+                agent.learn(10)
+                continue
+            with pytest.raises(
+                ValueError, match="model reads at most 8 tokens, but prompt and response may have (9|10)"
+            ):
+                agent.learn(400)

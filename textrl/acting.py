@@ -14,9 +14,10 @@ from torch import Tensor
 from .arguments import check_observations
 from .config import check
 from .generation import Sampling, draw, generate, stop_at
+from .models import longest_text
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled
 from .stepping import collect_stepped, is_bare
-from .stepwise import StepwiseLM, longest_text
+from .stepwise import StepwiseLM
 from .task import Row, Task
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .models import check_length
 from .policy import CausalPolicy
 from .slots import slots_for
 
@@ -173,6 +174,7 @@ def generate(
     sampling = sampling or Sampling(temperature=policy.temperature)
     device, batch = policy.device, len(prompts)
     tokens, lengths = _left_aligned(prompts, max_new_tokens, device)
+    check_length(policy.model, tokens.shape[1])
     width = tokens.shape[1] - max_new_tokens
     uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
     ends = torch.tensor(list(eos_token_ids), device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,25 @@ def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {name!r} holds no causal language model ({first})") from None
+
+
+def longest_text(model: PreTrainedModel) -> int:
+    """How many tokens a model reads at most; a huge number where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Refuses a text that a model cannot read.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    if tokens > longest_text(model):
+        raise ValueError(
+            f"model reads at most {longest_text(model)} tokens, but prompt and response may have {tokens}:"
+            " shorten the prompt or lower max_new_tokens"
+        )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

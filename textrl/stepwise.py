@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .policy import CausalPolicy, load_model
+from .models import check_length, load_model, longest_text
+from .policy import CausalPolicy
 from .slots import FlatSlots, Slots, slots_for
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class StepwiseLM:
     def _advance(self, observations: NDArray[np.int64], lengths: NDArray[np.int64], fresh: Any, grown: Any) -> Tensor:
         policy, device = self.policy, self.policy.device
         batch, width = observations.shape
+        check_length(policy.model, int(lengths.max()))
         clean = np.where(observations == self.fill, 0, observations)
         ends = torch.from_numpy(lengths).to(device)
         if self._slots is None:
@@ -88,20 +89,14 @@ class StepwiseLM:
         return logits
 
 
-def longest_text(model: PreTrainedModel) -> int:
-    """How many tokens a model reads at most; a huge number where it does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
-
-
 def check_positions(name: str, model: PreTrainedModel, task: Task) -> None:
-    """Refuses a model that cannot read a task's longest text.
+    """Refuses a model that cannot read a task's longest text, where that is known: else the text itself is refused.
 
     Raises:
         ValueError: with both lengths.
     """
     length, limit = task.max_prompt_tokens + task.max_new_tokens, longest_text(model)
-    if limit < length:
+    if limit < length and not task.prompt_limit_assumed:
         raise ValueError(
             f"{name} reads at most {limit} tokens, but the task's prompt and response need {length}:"
             " lower max_prompt_tokens or max_new_tokens"

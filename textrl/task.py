@@ -76,7 +76,7 @@ class Task:
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._encoded: dict[str, NDArray[np.int64]] = {}
         self._rows: list[Row] | None = None
-        self._max_prompt_tokens = max_prompt_tokens
+        self._max_prompt_tokens = self._prompt_limit = max_prompt_tokens
 
     # ---- what an author writes -------------------------------------------------------------------------------
 
@@ -183,6 +183,11 @@ class Task:
             else:
                 self._max_prompt_tokens = max(len(self._encode(prompt)) for prompt in {row["prompt"] for row in rows})
         return self._max_prompt_tokens
+
+    @property
+    def prompt_limit_assumed(self) -> bool:
+        """Whether `max_prompt_tokens` is the default of a task that only samples, and says nothing of its prompts."""
+        return self._prompt_limit is None and self.rows is None
 
     def encode(self, row: Row) -> NDArray[np.int64]:
         """The token ids of a row's prompt, the begin token first: (p,) with 1 <= p <= P.
