@@ -247,6 +247,4 @@ def test_a_task_that_only_samples_may_meet_a_short_model_as_long_as_its_prompts_
                 agent.learn(10)
                 continue
             with pytest.raises(ValueError, match=r"reads at most 8 tokens, but prompt and response may have (9|10)"):
-                ValueError, match="model reads at most 8 tokens, but prompt and response may have (9|10)"
-            ):
                 agent.learn(400)
