@@ -7,7 +7,7 @@ The first step of RLHF (Ouyang 2022, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.files import Rows, dataset_rows, read_rows, text_of
-from textrl.offline import Epochs, encode_response, given_rollout
+from textrl.files import Rows, dataset_rows, read_rows
+from textrl.offline import Epochs, example_ids, given_rollout
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
 
@@ -45,7 +45,8 @@ class SFT(Agent):
         model: as for every agent.
         config: as for every agent.
         dataset: rows with "prompt" and "completion", texts, or a file of them. Longer responses are cut at the horizon.
-            May be left out for an agent that is loaded only to be used.
+            "completion_ids" go before a "completion" and are taken as they are. May be left out for an agent that is
+            loaded only to be used.
         settings: as for every agent.
     """
 
@@ -63,17 +64,16 @@ class SFT(Agent):
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
-        self._examples = [] if dataset is None else dataset_rows(dataset, self.read_dataset).each(self._encode)
+        self._examples: list[tuple[list[int], list[int]]] = []
+        if dataset is not None:
+            rows, end = dataset_rows(dataset, self.read_dataset), self.config.end_token
+            self._examples = rows.each(lambda row: example_ids(self.task, row, end, rows.strict))
         self._epochs = Epochs(len(self._examples), self.generator)
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
         """The examples of a file."""
-        return read_rows(file, ["prompt", "completion"], skip_bad_rows=skip_bad_rows, called="dataset")
-
-    def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-        return encode_response(self.task, prompt, completion, self.config.end_token)
+        return read_rows(file, numbers=["completion_ids"], skip_bad_rows=skip_bad_rows, called="dataset")
 
     def collect(self) -> Rollout:
         """The next `batch_size` examples, in an order shuffled anew each epoch."""

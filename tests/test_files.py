@@ -233,12 +233,16 @@ EXAMPLE = {"prompt": "a", "completion": "bc"}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 LEARNERS = [
     (SFT, EXAMPLE, {"completion": 7}, "column 'completion' must be a text; got 7"),
+    (SFT, EXAMPLE, {"completion": ""}, "column 'completion' must be a text that is not empty"),
+    (SFT, EXAMPLE, {"prompt": ""}, "column 'prompt' must be a text that is not empty"),
     (SFT, EXAMPLE, {"completion": "x"}, "text that the tokenizer does not know: 'x'"),
     (SFT, EXAMPLE, {"prompt": "abcabc"}, "prompt is 7 tokens long, longer than max_prompt_tokens=4"),
     (DPO, PAIR, {"chosen": "c"}, "columns 'chosen' and 'rejected' must differ; both are 'c'"),
     (DPO, PAIR, {"chosen": ""}, "column 'chosen' must be a text that is not empty"),
     (DPO, PAIR, {"prompt": ""}, "column 'prompt' must be a text that is not empty"),
     (DPO, PAIR, {"chosen": "x"}, "text that the tokenizer does not know: 'x'"),
+    (BPO, EXAMPLE, {"completion": ""}, "column 'completion' must be a text that is not empty"),
+    (BPO, EXAMPLE, {"prompt": " "}, "column 'prompt' must be a text that is not empty"),
     (BPO, EXAMPLE | {"score": 1.0}, {"score": "high"}, "column 'score' must be a finite number; got 'high'"),
     (BPO, EXAMPLE | {"completion_ids": [1]}, {"completion_ids": [9]}, "column 'completion_ids' must be 1 to 4 token"),
     (BPO, EXAMPLE | {"logprobs": [-1.0] * 3}, {"logprobs": [-1.0]}, "'logprobs' must be a list of 3 numbers"),

@@ -67,6 +67,18 @@ def test_an_empty_prompt_reads_back(play, tmp_path):
     assert as_episodes(file, Vowels(), torch.device("cpu")).scores.tolist() == [1.0]
 
 
+@pytest.mark.parametrize(("env", "steps"), [("textrl/Vowels-v0", 6), ("textrl/Bandit-v0", 1)])
+@pytest.mark.parametrize("agent", ["sft", "bpo"])
+def test_saved_episodes_are_learned_from(env, steps, agent, play, tmp_path):
+    """Their prompts are empty, and so is what was said where the end came at once."""
+    file = tmp_path / "mine.jsonl"
+    assert play(env, "--save", file, typed="/end\n/new\n" + "/token 1\n" * steps)[0] == 0
+    rows = read_rows(file).rows
+    assert [row["completion_ids"] for row in rows] == [[0], [1] * steps] and rows[0]["prompt"] == ""
+    flags = ["--total-timesteps", "20", "--batch-size", "2", "--quiet", "--log-dir", str(tmp_path / "run")]
+    assert cli.main(["train", agent, "--env", env, "--dataset", str(file), *flags]) == 0
+
+
 def test_a_step_back_is_as_if_it_had_not_been(play, tmp_path):
     file = tmp_path / "mine.jsonl"
     _, straight, _ = play(*SMALL, typed="ba\n")

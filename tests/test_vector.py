@@ -7,9 +7,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
 from gymnasium.wrappers.vector import DictInfoToList
 
 import textrl
+from textrl.agents import REINFORCE
 from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
@@ -28,14 +30,15 @@ def small_reference(task, seed=1):
 class Pair:
     """The same environments twice, in Gymnasium's SyncVectorEnv and in ours."""
 
-    def __init__(self, task_class, num_envs, mode, reference=False, policy=False):
+    def __init__(self, task_class, num_envs, mode, reference=False, policy=False, limit=None):
         kwargs = {}
         if reference:
             kwargs = {"reference": small_reference(task_class()), "kl_coef": 0.3, "temperature": 0.7}
         self.mode = mode
         self.singles = [textrl.TextEnv(task_class(), **kwargs) for _ in range(num_envs)]
-        self.theirs = SyncVectorEnv([lambda env=env: env for env in self.singles], autoreset_mode=mode)
-        self.ours = textrl.TextVectorEnv(task_class(), num_envs, autoreset_mode=mode, **kwargs)
+        given = self.singles if limit is None else [TimeLimit(env, limit) for env in self.singles]
+        self.theirs = SyncVectorEnv([lambda env=env: env for env in given], autoreset_mode=mode)
+        self.ours = textrl.TextVectorEnv(task_class(), num_envs, autoreset_mode=mode, max_episode_steps=limit, **kwargs)
         if policy:
             model = small_reference(task_class(), seed=2)
             for env in [*self.singles, self.ours]:
@@ -59,9 +62,9 @@ class Pair:
         self.reset(seed=seed)
         for _ in range(steps):
             actions = generator.integers(self.ours.single_action_space.n, size=self.ours.num_envs)
-            _, _, terminated, _, _ = self.step(actions)
-            if self.mode == AutoresetMode.DISABLED and terminated.any():
-                self.reset(options={"reset_mask": terminated})
+            _, _, terminated, truncated, _ = self.step(actions)
+            if self.mode == AutoresetMode.DISABLED and (terminated | truncated).any():
+                self.reset(options={"reset_mask": terminated | truncated})
 
 
 def same(theirs, ours, where=""):
@@ -97,6 +100,31 @@ def test_single_and_vector_alike(task, mode):
 def test_alike_with_a_reference(mode, policy):
     Pair(Copy, 2, mode, reference=True, policy=policy).run(150)  # two: now and then all rows reset in one step
     Pair(Brackets, 3, mode, reference=True, policy=policy).run(60)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_alike_under_a_time_limit(mode, limit):
+    for task in (Copy, Brackets, Increasing):
+        Pair(task, 4, mode, limit=limit).run(100)
+    Pair(Brackets, 2, mode, reference=True, policy=True, limit=limit).run(40)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_time_limit_through_make_vec(mode):
+    envs = gym.make_vec("textrl/Copy-v0", num_envs=2, max_episode_steps=2, autoreset_mode=mode)
+    envs.reset(seed=0)
+    assert not np.any(envs.step(np.array([1, 1]))[2:4])
+    _, _, terminated, truncated, _ = envs.step(np.array([1, 0]))
+    assert terminated.tolist() == [False, True] and truncated.tolist() == [True, True]
+    with pytest.raises(ValueError, match="max_episode_steps must be a whole number of at least 1; got 0"):
+        gym.make_vec("textrl/Copy-v0", num_envs=2, max_episode_steps=0)
+
+
+def test_agents_step_an_env_with_a_time_limit():
+    envs = gym.make_vec("textrl/Copy-v0", num_envs=4, max_episode_steps=2)
+    rollout = REINFORCE(envs, batch_size=16).collect()
+    assert rollout.action_mask.sum(1).max() == 2 and not rollout.scores[~rollout.stopped].any()
 
 
 @pytest.mark.slow

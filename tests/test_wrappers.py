@@ -179,6 +179,18 @@ def test_sb3_vec_env_is_the_vector_env():
         TextVecEnv(textrl.TextVectorEnv(Copy(), 2))
 
 
+def test_sb3_vec_env_tells_a_time_limit_from_an_end():
+    from textrl.sb3 import TextVecEnv
+
+    adapter = TextVecEnv(textrl.TextVectorEnv(Copy(), 2, autoreset_mode="SAME_STEP", max_episode_steps=1))
+    adapter.reset()
+    _, _, ended, infos = adapter.step(np.array([1, 0]))
+    assert ended.tolist() == [True, True]
+    assert [info["TimeLimit.truncated"] for info in infos] == [True, False]
+    assert ["score" in info for info in infos] == [False, True]
+    assert all(info["terminal_observation"].shape == adapter.observation_space.shape for info in infos)
+
+
 def test_sb3_policy_has_the_log_probabilities_of_the_model(tmp_path):
     from stable_baselines3 import PPO
 

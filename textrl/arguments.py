@@ -39,15 +39,15 @@ def check_render_mode(render_mode: str | None) -> None:
         raise ValueError(f"render_mode must be one of {RENDER_MODES} or None; got {render_mode!r}")
 
 
-def check_num_envs(num_envs: Any) -> int:
-    """The number of environments as an int.
+def check_count(name: str, count: Any) -> int:
+    """A count as an int.
 
     Raises:
         ValueError: for anything but a whole number of at least 1.
     """
-    if not isinstance(num_envs, (int, np.integer)) or isinstance(num_envs, bool) or num_envs < 1:
-        raise ValueError(f"num_envs must be a whole number of at least 1; got {num_envs!r}")
-    return int(num_envs)
+    if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {count!r}")
+    return int(count)
 
 
 def chosen_row(options: dict[str, Any] | None) -> Row | None:

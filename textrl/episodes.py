@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .env import TextEnv, observation_space
-from .files import Rows, all_or_none, dataset_rows, is_file_name, number_of, read_rows, text_of
+from .files import Rows, all_or_none, dataset_rows, is_file_name, number_of, read_rows
 from .generation import Sampling, draw
-from .offline import encode_response, given_rollout, token_ids
+from .offline import example_ids, given_rollout
 from .policy import CausalPolicy, load_model
 from .rollout import Rollout, batched_logprobs, collect_sampled, pad_responses
 from .stepping import Act, collect_stepped
@@ -169,7 +169,7 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":
         return read_episodes(source, task, device)
     rows = dataset_rows(source, read_logged)
-    logged = rows.each(lambda row: _logged_row(task, row))
+    logged = rows.each(lambda row: _logged_row(task, row, rows.strict))
     responses = [response for response, _, _ in logged]
     rollout = given_rollout(
         task, [task.encode(row).tolist() for row in rows], responses, torch.device("cpu"), rows.rows
@@ -215,18 +215,13 @@ def logged_source(name: str | Path, skip_bad_rows: bool = False) -> Rows | str:
     return read_logged(name, skip_bad_rows) if is_file_name(name) else str(name)
 
 
-def _logged_row(task: Task, row: Mapping[str, Any]) -> tuple[list[int], float | None, list[float] | None]:
+def _logged_row(task: Task, row: Mapping[str, Any], strict: bool) -> tuple[list[int], float | None, list[float] | None]:
     """An episode's response as token ids, and its score and log-probabilities where they are known.
 
     Raises:
         ValueError: naming the column.
     """
-    prompt = text_of(row, "prompt")
-    task.encode({"prompt": prompt})
-    if row.get("completion_ids") is not None:
-        response = token_ids(row, "completion_ids", task)
-    else:
-        response = encode_response(task, prompt, text_of(row, "completion"))[1]
+    response = example_ids(task, row, strict=strict)[1]
     score = None if row.get("score") is None else number_of(row, "score")
     logprobs = row.get("logprobs")
     if logprobs is not None:

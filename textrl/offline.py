@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import text_of
 from .rollout import Rollout, pad_responses
 from .scores import shorten
 from .task import Row, Task
@@ -43,6 +44,29 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     if end_token:
         response = [*response, task.eos_token_id]
     return first, response[: task.max_new_tokens] or [task.eos_token_id]
+
+
+def example_ids(
+    task: Task, row: Mapping[str, Any], end_token: bool = True, strict: bool = False
+) -> tuple[list[int], list[int]]:
+    """The token ids of a row's "prompt" and of its response: of "completion_ids" where given, else of "completion".
+
+    Args:
+        task: whose tokenizer and horizon hold.
+        row: the row.
+        end_token: whether the end token follows a "completion"; "completion_ids" are taken as they are.
+        strict: refuse what is empty in a file written by hand: a "completion", and a prompt where the task has none.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    prompt = text_of(row, "prompt")
+    own = task.rows if strict and not prompt.strip() else None
+    if own is not None and all(each["prompt"].strip() for each in own):
+        text_of(row, "prompt", empty=False)
+    if row.get("completion_ids") is not None:
+        return task.encode({"prompt": prompt}).tolist(), token_ids(row, "completion_ids", task)
+    return encode_response(task, prompt, text_of(row, "completion", empty=not strict), end_token)
 
 
 def token_ids(row: Mapping[str, Any], column: str, task: Task) -> list[int]:

@@ -158,6 +158,7 @@ def make_vector_env(
     kl_coef: float = 0.0,
     temperature: float = 1.0,
     autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    max_episode_steps: int | None = None,
     render_mode: str | None = None,
     **kwargs: Any,
 ) -> TextVectorEnv:
@@ -169,5 +170,6 @@ def make_vector_env(
         kl_coef=kl_coef,
         temperature=temperature,
         autoreset_mode=autoreset_mode,
+        max_episode_steps=max_episode_steps,
         render_mode=render_mode,
     )

@@ -63,8 +63,9 @@ class TextVecEnv(VecEnv):
         last = infos.pop("final_obs", None)
         infos.pop("_final_info", None), infos.pop("_final_obs", None)
         split = self._split(infos)
-        for i in np.flatnonzero(terminated).tolist():
-            split[i] = {**split[i], **final[i], "terminal_observation": last[i], "TimeLimit.truncated": False}
+        for i in np.flatnonzero(terminated | truncated).tolist():
+            cut = bool(truncated[i] and not terminated[i])
+            split[i] = {**split[i], **final[i], "terminal_observation": last[i], "TimeLimit.truncated": cut}
         return observations, rewards.astype(np.float32), terminated | truncated, split
 
     def _split(self, infos: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,10 +42,10 @@ def base_env(env: Any) -> TextEnv | TextVectorEnv:
 
 
 def is_bare(env: AnyEnv) -> bool:
-    """Whether nothing stands between the agent and the environment but Gymnasium's own checks."""
+    """Whether nothing stands between the agent and the task's episodes but Gymnasium's own checks."""
     while isinstance(env, (gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing)):
         env = env.env
-    return type(env) in (TextEnv, TextVectorEnv)
+    return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
 
 
 @dataclass

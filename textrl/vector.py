@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .arguments import as_autoreset_mode, check_actions, check_num_envs, check_penalty, check_render_mode, chosen_row
+from .arguments import as_autoreset_mode, check_actions, check_count, check_penalty, check_render_mode, chosen_row
 from .arguments import reset_mask as rows_to_reset
 from .env import Info, Policy, Value, chosen_logprobs, observation_space
 from .outcomes import Outcomes
@@ -38,6 +38,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         autoreset_mode: what happens to a row whose episode has ended: NEXT_STEP (the next step resets it and ignores
             its action), SAME_STEP (reset at once; `final_obs` and `final_info` hold the end) or DISABLED (the caller
             resets with `reset(options={"reset_mask": mask})`).
+        max_episode_steps: truncates there, as Gymnasium's `TimeLimit` does: without a score.
         render_mode: None, "ansi", "human" or "rgb_array".
     """
 
@@ -56,12 +57,16 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         kl_coef: float = 0.0,
         temperature: float = 1.0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
         render_mode: str | None = None,
     ) -> None:
         check_penalty(reference, kl_coef, temperature)
         check_render_mode(render_mode)
+        if max_episode_steps is not None:
+            check_count("max_episode_steps", max_episode_steps)
+        self.max_episode_steps = max_episode_steps
         self.task = task
-        self.num_envs = check_num_envs(num_envs)
+        self.num_envs = check_count("num_envs", num_envs)
         self.kl_coef = float(kl_coef)
         self.temperature = float(temperature)
         self.render_mode = render_mode
@@ -86,7 +91,9 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._places = self._offsets.copy()  # and where the next token goes
         # arrays without axes, because NumPy is half as fast with numbers of Python's
         self._horizon, self._end, self._one = np.array(task.max_new_tokens), np.array(task.eos_token_id), np.array(1)
-        self._ended: Bools = np.ones(n, dtype=np.bool_)
+        self._limit = np.array(self.max_episode_steps or task.max_new_tokens + 1)
+        self._ended: Bools = np.ones(n, dtype=np.bool_)  # the texts that are finished,
+        self._over: Bools = np.ones(n, dtype=np.bool_)  # and the rows to be reset: those, and what was truncated
         self._started = False
         self._rows: NDArray[Any] = np.full(n, None, dtype=object)  # (N,) rows of the task
         self._streams: RowStreams | None = None
@@ -149,7 +156,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._tokens[indices] = tokens
         self._starts[indices] = self._places[indices] = self._offsets[indices] + lengths
         self._outcomes.start(indices, which)
-        self._ended[indices] = False
+        self._ended[indices] = self._over[indices] = False
         if self.render_mode is not None:
             for i in indices.tolist():
                 self._traces[i] = Trace()
@@ -163,8 +170,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             actions: (N,) integers from 0 to V - 1.
 
         Returns:
-            observations (N, L) int64, rewards (N,) float64, terminations (N,), truncations (N,, always False) and
-            infos: arrays of length N, each with its mask `_key`, as `gymnasium.vector` lays down.
+            observations (N, L) int64, rewards (N,) float64, terminations (N,), truncations (N,, where there is a
+            `max_episode_steps`) and infos: arrays of length N, each with its mask `_key`, as `gymnasium.vector` says.
 
         Raises:
             ValueError: for actions that are not N tokens.
@@ -174,7 +181,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if not self._started:
             raise gym.error.ResetNeeded("step was called before the first reset: call reset() first")
         actions = check_actions(actions, self.num_envs, self.task.vocab_size)
-        again = self._ended.nonzero()[0]
+        again = self._over.nonzero()[0]
         if len(again) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise AssertionError(f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}")
         rewards = np.zeros(self.num_envs)
@@ -185,14 +192,15 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self._buffer.reshape(-1)[self._places] = actions
         self._places += self._one
         self._outcomes.append(actions)
-        ended = (self._places - self._starts == self._horizon) | (actions == self._end)
+        lengths = self._places - self._starts
+        ended, truncated = (lengths == self._horizon) | (actions == self._end), lengths >= self._limit
         if len(again):  # what was just written there goes
-            ended[again] = False
+            ended[again] = truncated[again] = False
             self._restart(again)
-        self._ended = ended.copy()
-        over = ended.nonzero()[0]
+        self._ended, self._over = ended.copy(), ended | truncated
+        over = self._over.nonzero()[0]
         final: Info = {}
-        if len(over):
+        if len(over) and ended.any():
             last, final = self._outcomes.of(ended, self._episodes)
             rewards += last
         if self.task.token_scores is not False:
@@ -200,18 +208,18 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if self.render_mode is not None:
             self._trace(rewards, infos.get("kl"), values)
         if len(over) and self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._into_final(infos, final, ended)
+            self._into_final(infos, final)
             self._restart(over)
         else:
             infos.update(final)
         if self._masked and not self._ended.all():
             infos.update(self._mask_info(~self._ended))
-        return self._tokens.copy(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
+        return self._tokens.copy(), rewards, ended, truncated, infos
 
     def _penalties(self, actions: NDArray[np.int64], rewards: NDArray[np.float64], infos: Info) -> None:
         """`-kl_coef * (log pi - log pi_ref)`, or `+kl_coef * log pi_ref` without a policy, for every live row."""
         assert self._ref_logits is not None
-        live, observations = ~self._ended, self._tokens.copy()
+        live, observations = ~self._over, self._tokens.copy()
         ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
         infos["ref_logprob"], infos["_ref_logprob"] = np.where(live, ref_logprobs, np.float32(0)), live.copy()
         if self.policy is None:
@@ -238,22 +246,23 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
                 rewards[indices] += scores.last
                 rewards[indices[list(scores.faults)]] = np.nan
 
-    def _into_final(self, infos: Info, final: Info, ended: Bools) -> None:
-        """SAME_STEP: what belongs to the ended episodes moves into `final_obs` and `final_info`."""
-        observations = np.full(self.num_envs, None, dtype=object)
-        over = ended.nonzero()[0]
-        for i, observation in zip(over.tolist(), self._tokens[over], strict=True):
-            observations[i] = observation
+    def _into_final(self, infos: Info, final: Info) -> None:
+        """SAME_STEP: what belongs to the episodes that are over moves into `final_obs` and `final_info`."""
+        over, observations = self._over.copy(), np.full(self.num_envs, None, dtype=object)
+        for i in over.nonzero()[0].tolist():
+            observations[i] = self._tokens[i].copy()
         for key in ("ref_logprob", "kl"):
             if key in infos:
-                final[key] = np.where(ended, infos[key], np.float32(0))
-                final[f"_{key}"] = ended.copy()
-                infos[f"_{key}"] = infos[f"_{key}"] & ~ended
-                infos[key] = np.where(ended, np.float32(0), infos[key])
+                final[key] = np.where(over, infos[key], np.float32(0))
+                final[f"_{key}"] = over.copy()
+                infos[f"_{key}"] = infos[f"_{key}"] & ~over
+                infos[key] = np.where(over, np.float32(0), infos[key])
                 if not infos[f"_{key}"].any():
                     del infos[key], infos[f"_{key}"]
-        infos["final_obs"], infos["_final_obs"] = observations, ended.copy()
-        infos["final_info"], infos["_final_info"] = final, ended.copy()
+        if (cut := over & ~self._ended).any():
+            final.update(self._mask_info(cut))
+        infos["final_obs"], infos["_final_obs"] = observations, over.copy()
+        infos["final_info"], infos["_final_info"] = final, over
 
     # ---- masks and pictures ---------------------------------------------------------------------------------
 
