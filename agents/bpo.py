@@ -92,7 +92,7 @@ class BPO(Agent):
         env: whose task, reference and KL coefficient hold; it is never stepped.
         model: as for every agent.
         config: as for every agent.
-        dataset: logged episodes: a Minari dataset that `textrl.episodes.collect` wrote, its id or folder, a `Rollout`,
+        dataset: logged episodes: a Minari dataset that `textrl.collect` wrote, its id or folder, a `Rollout`,
             or rows (or a file of them) with "prompt" and "completion". May be left out for an agent that is loaded only
             to be used.
         settings: as for every agent.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import textrl
-from textrl.episodes import collect
+from textrl.collecting import collect
 from textrl.policy import small_model
 
 

@@ -13,7 +13,8 @@ import torch
 minari = pytest.importorskip("minari")
 
 import textrl  # noqa: E402
-from textrl.episodes import as_episodes, collect, open_dataset, read_episodes  # noqa: E402
+from textrl.collecting import collect  # noqa: E402
+from textrl.episodes import as_episodes, open_dataset, read_episodes  # noqa: E402
 from textrl.policy import CausalPolicy, small_model  # noqa: E402
 from textrl.rollout import Rollout, batched_logprobs, collect_sampled  # noqa: E402
 from textrl.task import symbol_tokenizer  # noqa: E402

@@ -16,7 +16,8 @@ from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from .agent import Agent, AgentConfig
-    from .episodes import collect, read_episodes
+    from .collecting import collect
+    from .episodes import read_episodes
     from .exact import Evaluation, Solution, evaluate_exact, exact_gradient, solve
     from .preferences import read_preferences
     from .remote import RemoteScore
@@ -36,7 +37,7 @@ _LAZY = {
     "Rollout": "rollout",
     "Solution": "exact",
     "TabularLM": "tabular",
-    "collect": "episodes",
+    "collect": "collecting",
     "evaluate_exact": "exact",
     "exact_gradient": "exact",
     "read_episodes": "episodes",

@@ -72,7 +72,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | s
 
 def collect_episodes(options: argparse.Namespace) -> None:
     """Writes the dataset and says where it is."""
-    from .episodes import collect
+    from .collecting import collect
     from .policy import few_threads, load_model
 
     env, model = env_and_model(options)

@@ -95,7 +95,7 @@ def ope(
     """Evaluates a policy on logged episodes, without a step in the environment.
 
     Args:
-        dataset: episodes with scores and logged log-probabilities, as `episodes.collect` writes them, or a `Rollout`.
+        dataset: episodes with scores and logged log-probabilities, as `textrl.collect` writes them, or a `Rollout`.
         model: the policy: an agent, a language model, its folder or name.
         env: whose task, temperature, reference and KL coefficient hold.
         penalised: evaluates score - kl_coef * KL(pi || pi_ref) in place of the score.

@@ -1,0 +1,171 @@
+"""Writing logged batches of episodes: a policy plays, and a Minari dataset is what `textrl.episodes` reads.
+
+`textrl.episodes` says what such a dataset holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .agent import Agent, AnyEnv, base_env, check, is_bare
+from .env import observation_space
+from .episodes import dataset_folder, minari_module, on_device, open_dataset
+from .generation import Sampling, draw
+from .policy import CausalPolicy, load_model
+from .rollout import Rollout, collect_sampled
+from .stepping import Act, collect_stepped
+from .stepwise import StepwiseLM
+from .task import Task
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+    from transformers import PreTrainedModel
+
+EPISODES_AT_ONCE = 512
+
+
+def collect(
+    env: AnyEnv,
+    model: Agent | PreTrainedModel | str | Path,
+    episodes: int,
+    dataset: str | Path,
+    seed: int = 0,
+) -> MinariDataset:
+    """Plays episodes and writes them as a Minari dataset.
+
+    Args:
+        env: a textrl environment, single or vector. A wrapped one is stepped, and rounded up to a multiple of its rows.
+        model: who acts: an agent, a language model, or its folder or name.
+        episodes: how many, at least 1.
+        dataset: where they go: an id that ends in a version ("textrl/copy/random-v0"), kept where Minari keeps its
+            datasets (`MINARI_DATASETS_PATH`, or `~/.minari/datasets`); else, and for every `Path`, a new folder.
+        seed: of the prompts and the samples.
+
+    Returns:
+        the dataset, as Minari reads it.
+
+    Raises:
+        ValueError: for a dataset that exists already, or fewer than one episode.
+    """
+    check("episodes", episodes, episodes >= 1, "at least 1")
+    base = base_env(env)
+    lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
+    policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
+    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
+    storage = _new_storage(dataset, env, type(model).__name__)
+    stepper = StepwiseLM(policy, base.task.vocab_size)
+    first = True
+    while storage.total_episodes < episodes:
+        size = min(EPISODES_AT_ONCE, episodes - int(storage.total_episodes))
+        if is_bare(env):
+            rollout = collect_sampled(base, policy, size, rng=rng, generator=generator)
+        else:
+            attached = env.unwrapped is base
+            if attached:
+                base.policy = stepper
+            missing = 0.0 if attached or base.reference is None else base.kl_coef
+            rollout = collect_stepped(
+                env,
+                base.task,
+                _actor(env, stepper, base.temperature, generator),
+                size,
+                device=policy.device,
+                seed=seed if first else None,
+                missing_penalty=missing,
+            )
+        storage.update_episodes(_buffers(rollout, base.task))
+        first = False
+    return open_dataset(storage.data_path.parent)
+
+
+def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
+    minari, base, folder = minari_module(), base_env(env), dataset_folder(dataset)
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.namespace import create_namespace, list_local_namespaces
+
+    if (folder / "data").exists():
+        raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
+    namespace = os.path.dirname(dataset) if isinstance(dataset, str) and folder != Path(dataset) else ""
+    if namespace and namespace not in list_local_namespaces():
+        create_namespace(namespace)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = env.spec if isinstance(env, gym.Env) else None
+    try:
+        spec = None if spec is None else gym.envs.registration.EnvSpec.from_json(spec.to_json())
+    except (TypeError, ValueError):  # a spec that holds a model cannot be written
+        spec = None
+    storage = MinariStorage.new(
+        folder / "data",
+        observation_space=observation_space(base.task),
+        action_space=gym.spaces.Discrete(base.task.vocab_size),
+        env_spec=spec,
+        jpeg_encoding=False,
+    )
+    name = dataset if folder != Path(dataset) else folder.name
+    facts = {
+        "kl_coef": base.kl_coef,
+        "temperature": base.temperature,
+        "eos_token_id": base.task.eos_token_id,
+        "max_prompt_tokens": base.task.max_prompt_tokens,
+    }
+    storage.update_metadata(
+        {"dataset_id": str(name), "minari_version": minari.__version__, "algorithm_name": algorithm, "textrl": facts}
+    )
+    return storage
+
+
+def _actor(env: AnyEnv, stepper: StepwiseLM, temperature: float, generator: torch.Generator) -> Act:
+    """Draws from the stepper's logits, inside the environment's action masks where it has any."""
+    base = base_env(env)
+    masked = type(base.task).allowed_tokens is not Task.allowed_tokens
+
+    def act(
+        observations: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
+        logits = stepper(observations)
+        masks = np.atleast_2d(base.action_masks()) if masked else None
+        forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
+        uniforms = torch.rand(len(observations), generator=generator).to(logits.device)
+        tokens, logprobs = draw(logits, uniforms, Sampling(temperature), forbidden)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+
+    return act
+
+
+def _buffers(rollout: Rollout, task: Task) -> Iterator[Any]:
+    """The episodes as Minari writes them."""
+    from minari.data_collector import EpisodeBuffer
+
+    space = observation_space(task)
+    moved = on_device(rollout, torch.device("cpu"))
+    starts, lengths = moved.prompt_lengths.tolist(), moved.response_lengths.tolist()
+    columns = {"logprob": moved.logprobs.numpy()}
+    if moved.ref_logprobs is not None:
+        columns["ref_logprob"] = moved.ref_logprobs.numpy()
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens = moved.tokens[i, : start + length].numpy()
+        observations = np.full((length + 1, *space.shape), task.vocab_size, dtype=np.int64)  # (n + 1, L)
+        for t in range(length + 1):
+            observations[t, : start + t] = tokens[: start + t]
+        ended = np.arange(length) == length - 1
+        infos = {name: np.concatenate([[np.float32(0)], values[i, :length]]) for name, values in columns.items()}
+        infos["score"] = np.full(length + 1, np.nan, dtype=np.float32)
+        infos["score"][-1] = moved.scores[i]
+        yield EpisodeBuffer(
+            options={"row": json.dumps(moved.rows[i], default=str)},
+            observations=observations,
+            actions=tokens[start:],
+            rewards=moved.rewards[i, :length].numpy(),
+            terminations=ended,
+            truncations=np.zeros(length, dtype=np.bool_),
+            infos=infos,
+        )
