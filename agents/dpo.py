@@ -8,7 +8,9 @@ y_w is the chosen response, y_l the rejected one, eps the label smoothing; log p
 tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sigmoid loss is
 pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
 Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: a tenth of the pairs is held out,
-and `learn` ends with the weights that did best on them.
+and `learn` ends with the weights that did best on them. An error in what the pairs say of a response is divided by beta
+before it is exponentiated: with a small beta, and more responses than pairs can tell apart, even an exact fit of all
+pairs may be worse than the reference. Then more pairs help, or a larger beta, and no longer training.
 """
 
 from __future__ import annotations
