@@ -7,10 +7,11 @@
 y_w is the chosen response, y_l the rejected one, eps the label smoothing; log pi of a response is the sum over its
 tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sigmoid loss is
 pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
-Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: a tenth of the pairs is held out,
-and `learn` ends with the weights that did best on them. An error in what the pairs say of a response is divided by beta
-before it is exponentiated: with a small beta, and more responses than pairs can tell apart, even an exact fit of all
-pairs may be worse than the reference. Then more pairs help, or a larger beta, and no longer training.
+Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: with `held_out` a share of the
+pairs is not learned from, and `learn` ends with the weights that did best on it. Where pairs are few, to learn from all
+of them is worth more. An error in what the pairs say of a response is divided by beta before it is exponentiated: with a
+small beta, and more responses than pairs can tell apart, even an exact fit of all pairs may be worse than the reference.
+Then more pairs help, or a larger beta, and no longer training.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DPOConfig(AgentConfig):
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
     cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
-    held_out: float = 0.1  # share of the pairs that are not learned from: the weights that do best on them are kept
+    held_out: float = 0.0  # share of the pairs that are not learned from: the weights that do best on them are kept
     label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
 
     def __post_init__(self) -> None:

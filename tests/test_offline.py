@@ -280,17 +280,19 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     env = textrl.TextEnv(task, reference=ref, kl_coef=0.1)
     pairs = bradley_terry(env, ref, 300, 0)
     common: dict[str, Any] = {"batch_size": 32, "learning_rate": 3e-3, "device": "cpu"}
-    agent = DPO(env, copy.deepcopy(ref).requires_grad_(True), dataset=pairs, **common)
+    agent = DPO(env, copy.deepcopy(ref).requires_grad_(True), dataset=pairs, held_out=0.1, **common)
     assert sorted([*agent._held.tolist(), *agent._learned.tolist()]) == list(range(300)) and len(agent._held) == 30
     losses: list[float] = []
     agent.learn(12_000, callback=lambda _, numbers: losses.append(numbers["train/held_out_loss"]))
     assert len(losses) > 40 and min(losses) < losses[-1] - 0.01, "these few pairs are learned by heart"
     agent._look()
     assert agent.held_out_loss == pytest.approx(min(losses), abs=1e-5)
-    everything = DPO(env, copy.deepcopy(ref), dataset=pairs, held_out=0.0, **common)
+    everything = DPO(env, copy.deepcopy(ref), dataset=pairs, **common)
     assert len(everything._learned) == 300
     assert "train/held_out_loss" not in everything.update(everything.collect())
-    assert len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), **common)._held) == 0  # too few to tell
+    assert (
+        len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), held_out=0.1, **common)._held) == 0
+    )  # too few to tell
 
 
 def test_rest_rests_at_the_optimum() -> None:
