@@ -9,9 +9,9 @@ tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sig
 pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
 Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: with `held_out` a share of the
 pairs is not learned from, and `learn` ends with the weights that did best on it. Where pairs are few, to learn from all
-of them is worth more. An error in what the pairs say of a response is divided by beta before it is exponentiated: with a
-small beta, and more responses than pairs can tell apart, even an exact fit of all pairs may be worse than the reference.
-Then more pairs help, or a larger beta, and no longer training.
+of them is worth more. An error in what the pairs say of a response is divided by beta before it is exponentiated: with
+a small beta, and more responses than pairs can tell apart, even an exact fit of all pairs may be worse than the
+reference. Then more pairs help, or a larger beta, and no longer training.
 """
 
 from __future__ import annotations
