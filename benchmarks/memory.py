@@ -1,4 +1,4 @@
-"""Memory over many iterations of PPO on a toy environment: `python benchmarks/memory.py [ITERATIONS]`.
+"""Memory over many iterations of PPO on a toy environment: `PYTHONPATH=. python benchmarks/memory.py [ITERATIONS]`.
 
 Prints the resident memory after every tenth of the run, and the growth from the first tenth (warm-up) to the end. With
 a log, checkpoints and a reference, as a long run has them.
