@@ -1,4 +1,4 @@
-"""Runs of every agent killed with SIGKILL at random moments and resumed: `PYTHONPATH=. python tests/kills.py --kills 50`.
+"""Runs of every agent killed with SIGKILL at random moments and resumed: `PYTHONPATH=. python tests/kills.py`.
 
 A run is `textrl train` in a process of its own, forked from one that has imported everything, so that it is killed
 where it works and not where it imports. What must come out is what the run would have written had nobody killed it: the
