@@ -21,7 +21,7 @@ from textrl.checkpoint import verify
 from textrl.flags import agent_classes
 from textrl.runs import Checkpoints
 
-ROWS = [{"prompt": a + b, "completion": b + a, "score": 0.5} for a in "abc" for b in "abc"]
+ROWS = [{"prompt": a + b, "completion": b + a, "score": (a < b) / 2} for a in "abc" for b in "abc"]
 PAIRS = [{"prompt": a + b, "chosen": a + b, "rejected": b + "c"} for a in "abc" for b in "ab"]
 DATASETS = {"sft": ROWS, "bpo": ROWS, "dpo": PAIRS}
 FLAGS = ["--env", "textrl/Copy-v0", "--batch-size", "8", "--checkpoint-every", "1", "--quiet"]
