@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
@@ -50,6 +51,7 @@ def place(tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return root
@@ -77,7 +79,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a
     assert "step 1 of 3, sft: done already" in out
     assert (run / "sft/model.safetensors").stat().st_mtime_ns == kept
     report = json.loads((run / "report.json").read_text())
-    assert 0 <= report["reward_model"]["accuracy"] <= 1
+    assert report["reward_model"]["accuracy"] > 0.6, "it has learned which words are good"
     assert 0.9 < report["reward_model"]["human_ceiling"] <= 1
     for when in ("before", "after"):
         assert {"score", "vader", "kl", "response_length", "distinct_2"} <= set(report[when])
