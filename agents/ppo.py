@@ -11,6 +11,7 @@ token, a KL penalty to the reference at every token (the environment's part); he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +160,7 @@ class PPO(Agent):
         steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):
-                steps.append(self.minimise(self._loss, rollout.select(indices)))
+                steps.append(self._step(rollout.select(indices)))
             if config.target_kl is not None and steps[-1]["kl_old_new"] > config.target_kl:
                 break
         numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
@@ -195,25 +196,42 @@ class PPO(Agent):
         assert self.value_head is not None
         return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
 
+    def _step(self, batch: Rollout) -> dict[str, float]:
+        """One step of the policy, and of a separate critic after it: memory never holds the gradients of both."""
+        numbers = self.minimise(self._loss, batch)
+        if self.critic is not None:
+            apart = self.minimise(self._value_loss, batch)
+            numbers["value_loss"] = apart["loss"] / self.config.vf_coef if self.config.vf_coef else 0.0
+            numbers["loss"] += apart["loss"]
+            numbers["grad_norm"] = math.hypot(numbers["grad_norm"], apart["grad_norm"])
+        return numbers
+
+    def _value_loss(self, batch: Rollout, values: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value's part of the loss, of these values (B, T) or the critic's."""
+        assert batch.returns is not None and batch.values is not None
+        values = self.value(batch) if values is None else values
+        loss = clipped_value_loss(values, batch.values, batch.returns, batch.action_mask, self.config.clip_value)
+        return self.config.vf_coef * loss, {"value_loss": loss}
+
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.advantages is not None and batch.returns is not None and batch.values is not None
+        """The policy's part of the loss, and the value's where they share a trunk."""
+        assert batch.advantages is not None
         config, mask = self.config, batch.action_mask
         rows, columns, targets = batch.places()
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d), a shared critic's too
         flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
         assert entropy is not None
-        values = self._head_values(batch, hidden) if self.critic is None else self.value(batch)
         logprobs = batch.spread(flat)
         ratio = (logprobs - batch.logprobs).exp()
         policy_loss = clipped_policy_loss(ratio, batch.advantages, mask, config.clip_coef)
-        value_loss = clipped_value_loss(values, batch.values, batch.returns, mask, config.clip_value)
-        loss = policy_loss + config.vf_coef * value_loss
+        loss, numbers = policy_loss, {"policy_loss": policy_loss}
+        if self.critic is None:
+            value_loss, more = self._value_loss(batch, self._head_values(batch, hidden))
+            loss, numbers = loss + value_loss, {**numbers, **more}
         if config.ent_coef != 0:
             loss = loss - config.ent_coef * entropy.mean()
         with torch.no_grad():
-            numbers = {
-                "policy_loss": policy_loss,
-                "value_loss": value_loss,
+            numbers |= {
                 "entropy": entropy.mean(),
                 "kl_old_new": masked_mean(k3(batch.logprobs, logprobs), mask),
                 "clip_fraction": masked_mean(((ratio - 1).abs() > config.clip_coef).float(), mask),

@@ -71,8 +71,8 @@ def fixed_rollout(rewards=((0.0, 3.0), (1.0, 0.0)), old=((0.25, 0.5), (0.25, 1.0
     )
 
 
-def loss_of_first_step(agent, rollout):
-    """What `minimise` is given first, at the weights before any step."""
+def loss_of_first_step(agent, rollout, parts=1):
+    """What `minimise` is given first, at the weights before any step; the sum of it where a step has two parts."""
     seen = []
 
     def minimise(loss, batch, *rest):
@@ -82,7 +82,7 @@ def loss_of_first_step(agent, rollout):
 
     agent.minimise = minimise
     agent.update(rollout)
-    return seen[0]
+    return sum(value for value, _ in seen[:parts]), {k: v for _, numbers in seen[:parts] for k, v in numbers.items()}
 
 
 # ---- numbers by hand ------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a2c_by_hand():
 
 def test_ppo_by_hand():
     agent = tabular_agent(PPO, whiten_advantages=False, epochs=1, minibatches=1, clip_value=0.0)
-    loss, numbers = loss_of_first_step(agent, fixed_rollout())
+    loss, numbers = loss_of_first_step(agent, fixed_rollout(), parts=2)
     # ratios 1, 1/2, 1; the second is below 0.8 and its advantage positive: the smaller gain counts
     assert numbers["policy_loss"] == pytest.approx(-(2.85 * 1 + 3 * 0.5 + 1 * 1) / 3)
     assert numbers["clip_fraction"] == pytest.approx(1 / 3)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 CHUNK_BYTES = 16 * 2**20
 """Float32 logits are made at most this many bytes at a time: so much fits a cache, and is reused by an allocator."""
@@ -38,14 +37,16 @@ class TokenLogprobs(torch.autograd.Function):
         """(n, d), (V, d), (n,), (n, V) or None -> (n,), (n,) or None; `keep`: for the backward pass."""
         logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs) if entropy else None
-        kept: list[Tensor] | None = [] if keep else None
-        for piece in pieces(len(targets), len(weight)):
-            table = log_softmax(hidden[piece], weight, temperature, None if allowed is None else allowed[piece])
+        kept = torch.empty(len(targets), len(weight), device=hidden.device) if keep else None
+        chunks = pieces(len(targets), len(weight))
+        work = workspace(chunks, hidden, weight, 1 if keep else 2)
+        for piece in chunks:
+            logits = work[0, : piece.stop - piece.start]
+            table = work[1, : len(logits)] if kept is None else kept[piece]
+            log_softmax(hidden[piece], weight, temperature, None if allowed is None else allowed[piece], logits, table)
             logprobs[piece] = table.gather(-1, targets[piece, None])[:, 0]
             if entropies is not None:
-                entropies[piece] = -table.exp().mul_(table).sum(-1)
-            if kept is not None:
-                kept.append(table)
+                entropies[piece] = -torch.exp(table, out=logits).mul_(table).sum(-1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, targets, allowed, entropies)
         ctx.temperature, ctx.kept = temperature, kept
@@ -56,21 +57,23 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
         """The gradients of the hidden states and of the head."""
         hidden, weight, targets, allowed, entropies = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # they are written over: a second backward pass makes them again
+        kept, ctx.kept = ctx.kept, None  # it is written over: a second backward pass makes it again
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad = torch.zeros_like(targets, dtype=torch.float32) if grad is None else grad
-        for i, piece in enumerate(pieces(len(targets), len(weight))):
+        chunks = pieces(len(targets), len(weight))
+        work = workspace(chunks, hidden, weight, (kept is None) + (kept is None or grad_entropy is not None))
+        for piece in chunks:
             if kept is None:
-                mask = None if allowed is None else allowed[piece]
-                table = log_softmax(hidden[piece], weight, ctx.temperature, mask)
+                mask, table = None if allowed is None else allowed[piece], work[1, : piece.stop - piece.start]
+                log_softmax(hidden[piece], weight, ctx.temperature, mask, work[0, : len(table)], table)
             else:
-                table, kept[i] = kept[i], torch.empty(0)
+                table = kept[piece]
             here = grad[piece, None]
             if grad_entropy is None:
                 table.exp_().mul_(-here)
             else:
-                p = table.exp()
+                p = torch.exp(table, out=work[0, : len(table)])
                 table.add_(entropies[piece, None]).mul_(-grad_entropy[piece, None]).sub_(here).mul_(p)
             table.scatter_add_(-1, targets[piece, None], here)
             if ctx.temperature != 1:
@@ -86,17 +89,31 @@ class TokenLogprobs(torch.autograd.Function):
 def pieces(count: int, vocab_size: int) -> list[slice]:
     """The rows of each chunk."""
     size = max(1, CHUNK_BYTES // (4 * vocab_size))
-    return [slice(start, start + size) for start in range(0, count, size)]
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def log_softmax(hidden: Tensor, weight: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
-    """Float32 log-probabilities of all tokens, over the allowed ones: (n, d), (V, d), (n, V) or None -> (n, V)."""
-    logits = functional.linear(hidden, weight).float()
+def workspace(chunks: list[slice], hidden: Tensor, weight: Tensor, tables: int) -> Tensor:
+    """Room for some tables of one chunk, (tables, n, V) float32: made once, because large memory is slow to get."""
+    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    return torch.empty(tables, rows, len(weight), device=hidden.device)
+
+
+def log_softmax(
+    hidden: Tensor, weight: Tensor, temperature: float, allowed: Tensor | None, logits: Tensor, out: Tensor
+) -> None:
+    """Log-probabilities of all tokens, over the allowed ones: (n, d), (V, d), (n, V) or None -> `out` (n, V) float32.
+
+    `logits`, (n, V) float32, is written over.
+    """
+    if hidden.dtype == logits.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(torch.mm(hidden, weight.t()))
     if temperature != 1:
         logits.div_(temperature)
     if allowed is not None:
         logits.masked_fill_(~allowed, NEVER)
-    return logits.log_softmax(-1)
+    torch.log_softmax(logits, -1, out=out)
 
 
 def token_logprobs(
