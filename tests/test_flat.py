@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import textrl.policy
 import textrl.slots
-from textrl.flat import FlatGPT2, FlatLlama, flat_of
+from textrl.flat import FlatGPT2, FlatLlama, attention, flat_of
 from textrl.generation import Sampling, generate
 from textrl.policy import CausalPolicy, recompute_blocks, small_model, value_model, values_at, without_dropout
 from textrl.stepwise import StepwiseLM
@@ -255,6 +255,23 @@ def test_lower_precision_stays_close(plainly):
         exact = copy.deepcopy(model).float()
         want = exact(input_ids=tokens).logits[rows, columns].log_softmax(-1)
         assert (flat - want).abs().mean() < 1.5 * (own - want).abs().mean() + 1e-3
+
+
+@pytest.mark.parametrize("form", ["causal", "masked", "all"])
+def test_attention_in_bfloat16_is_that_in_float32(form):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3))
+    mask = torch.rand(2, 1, 1, 5, generator=generator) < 0.7
+    mask[..., 0] = True
+    arguments = {"causal": (None, True), "masked": (mask, False), "all": (None, False)}[form]
+    found = attention(q, k, v, *arguments)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = attention(*exact, *arguments)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), want, atol=0.03, rtol=0.03)
+    grads = torch.autograd.grad(found.float().square().sum(), (q, k, v))
+    for grad, right in zip(grads, torch.autograd.grad(want.square().sum(), exact), strict=True):
+        torch.testing.assert_close(grad.float(), right, atol=0.1, rtol=0.05)
 
 
 def test_greedy_and_truncated_draws_agree(plainly):

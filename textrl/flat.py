@@ -170,6 +170,29 @@ class FlatLlama(Flat):
         return _rms_norm(x, self.trunk.norm)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """What queries attend to: (B, H, Q, D), (B, H, K, D) twice -> (B, H, Q, D).
+
+    PyTorch's own, but for bfloat16 on a CPU, where matrix products are two to five times as fast; they hold the
+    (B, H, Q, K) weights, which for short texts is less than what the rest of a block holds.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: bool, broadcast to (B, H, Q, K): who may be attended to; None for all.
+        causal: query i attends to the keys up to i; Q = K.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[2] > 4 * q.shape[3]:
+        return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    if causal:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    scores = torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3)).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+
+
 def _embedding(ids: Tensor, layer: Any) -> Tensor:
     return functional.embedding(ids, layer.weight, layer.padding_idx)
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .flat import Flat
+from .flat import Flat, attention
 
 
 class Pad(torch.autograd.Function):
@@ -62,8 +61,7 @@ class Packed:
         q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))  # (B, H or G, S, D)
         if k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (B, S, H, D)
-        out = out.flatten(2).flatten(0, 1)
+        out = attention(q, k, v, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)  # (B * S, H * D)
         return out if self.full else out.index_select(0, self.real)
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from .flat import Flat, flat_of
+from .flat import Flat, attention, flat_of
 from .packed import Packed
 from .policy import CausalPolicy
 
@@ -65,7 +64,7 @@ class FlatSlots:
                 len(q), self.flat.groups, -1, self.flat.head_dim
             )  # (B, G, H / G, D): a group asks the same keys
             keys, values = keys[:, :, :used], values[:, :, :used]
-            return functional.scaled_dot_product_attention(q, keys, values, mask).flatten(1)
+            return attention(q, keys, values, mask).flatten(1)
 
         return self.flat.run(self.flat.embed(tokens, columns), columns, attend)
 
