@@ -151,8 +151,11 @@ def test_the_kind_of_seed():
     pair.reset(seed=[1, None, 2])
     assert pair.ours.reset(seed=9)[0].tolist() == pair.ours.reset(seed=9)[0].tolist()
     assert pair.ours.np_random_seed == 9
-    with pytest.raises(ValueError, match="num_envs=3"):
-        pair.ours.reset(seed=[1, 2])
+    pair.reset(seed=4)
+    for bad in ([1, 2], [1, 2.5, 3], [1, -1, 3], -1, 1.5, "abc"):
+        with pytest.raises(ValueError, match="num_envs=3"):
+            pair.ours.reset(seed=bad)
+    pair.step(np.array([1, 2, 3]))
 
 
 def test_a_reset_mask_resets_those_rows_only_and_is_left_alone():
@@ -169,8 +172,9 @@ def test_a_reset_mask_resets_those_rows_only_and_is_left_alone():
         (np.ones(4), TypeError),
         (np.ones(3, bool), ValueError),
         (np.zeros(4, bool), ValueError),
+        (np.ones((4, 1), bool), ValueError),
     ):
-        with pytest.raises(error, match="reset_mask"):
+        with pytest.raises(error, match=r"^options\['reset_mask'\] must .*[^\n]$"):
             pair.ours.reset(options={"reset_mask": bad})
     with pytest.raises(gym.error.ResetNeeded, match="all rows"):
         textrl.TextVectorEnv(Copy(), 2).reset(options={"reset_mask": np.array([True, False])})
