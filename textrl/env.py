@@ -114,6 +114,11 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self._ended: bool | None = None  # None: never reset
         self._trace = Trace()
 
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The observation as it stands, (L,) int64, whatever a wrapper makes of it."""
+        return self._tokens.copy()
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.int64], Info]:

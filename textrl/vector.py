@@ -11,7 +11,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .arguments import as_autoreset_mode, check_actions, check_count, check_penalty, check_render_mode, chosen_row
+from .arguments import (
+    as_autoreset_mode,
+    check_actions,
+    check_count,
+    check_penalty,
+    check_render_mode,
+    chosen_row,
+    row_seeds,
+)
 from .arguments import reset_mask as rows_to_reset
 from .env import Info, Policy, Value, chosen_logprobs, observation_space
 from .outcomes import Outcomes
@@ -105,6 +113,16 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """(N, L): all but the last column of the buffer, which takes what an ended row writes."""
         return self._buffer[:, :-1]
 
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The observations as they stand, (N, L) int64, whatever a wrapper makes of them."""
+        return self._tokens.copy()
+
+    @property
+    def running(self) -> Bools:
+        """(N,) bool: the rows whose episode goes on; the others are to be reset."""
+        return ~self._over
+
     # ---- reset ----------------------------------------------------------------------------------------------
 
     def reset(
@@ -120,26 +138,17 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             observations (N, L) int64 and infos.
         """
         n = self.num_envs
-        first = None
-        seeds: list[int | None] = [None] * n
-        if isinstance(seed, (int, np.integer)):
-            first = int(seed)
-            seeds = [first + i for i in range(n)]
-        elif seed is not None:
-            seeds = list(seed)
-        if len(seeds) != n:
-            raise ValueError(f"seed must be None, an int or a list of num_envs={n}; got a list of {len(seeds)}")
-        mask = rows_to_reset(options, n)
+        seeds, mask = row_seeds(seed, n), rows_to_reset(options, n)
         if not self._started and not mask.all():
             raise gym.error.ResetNeeded("the first reset must be of all rows: leave options['reset_mask'] away")
-        super().reset(seed=first)
+        super().reset(seed=seeds[0] if isinstance(seed, (int, np.integer)) else None)
         if self._streams is None:
             fresh = self.np_random.integers(2**63, size=n).tolist()
             self._streams = RowStreams(self.task, fresh, self._tokens.shape[1])
             self._outcomes = Outcomes(self.task, n, self._streams.num_rows)
         for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
-                self._streams.seed(i, int(row_seed))
+                self._streams.seed(i, row_seed)
         self._restart(np.flatnonzero(mask), chosen_row(options))
         self._started = True
         self._show()

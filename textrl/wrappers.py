@@ -122,19 +122,24 @@ class VectorOneHotObservation(VectorObservationWrapper[Any, Any, Any, Any]):
 
 
 class _Penalty:
-    """The KL penalty of one step, for a batch of rows."""
+    """The KL penalty of one step, for a batch of rows.
+
+    The states are those of the environment itself, not what was last returned: it may have been restored to a snapshot,
+    and wrappers below may show other observations.
+    """
 
     def __init__(self, env: AnyEnv, reference: Any, kl_coef: float, temperature: float) -> None:
         check_penalty(reference, kl_coef, temperature)
         from .stepwise import frozen_reference
 
-        self.env, self.kl_coef, self.temperature = env, kl_coef, temperature
+        self.base: Any = env.unwrapped
+        self.kl_coef, self.temperature = kl_coef, temperature
         self.reference, self._ref_logits = frozen_reference(reference, task_of(env))
 
     def __call__(self, observations: NDArray[np.int64], actions: Any) -> tuple[NDArray[np.float64], dict[str, Any]]:
         """(N, L), (N,) -> what is added to the rewards (N,), and the columns of info."""
         ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
-        policy: Policy | None = getattr(self.env.unwrapped, "policy", None)
+        policy: Policy | None = self.base.policy
         if policy is None:
             return self.kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
         kl = chosen_logprobs(policy(observations), actions, self.temperature) - ref_logprobs
@@ -164,23 +169,14 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **settings)
         gym.Wrapper.__init__(self, env)
         self._penalty = _Penalty(env, reference, kl_coef, temperature)
-        self._observation: NDArray[np.int64] | None = None
 
-    def reset(self, **kwargs: Any) -> tuple[NDArray[np.int64], Info]:
-        """Starts an episode."""
-        observation, info = self.env.reset(**kwargs)
-        self._observation = observation
-        return observation.copy(), info
-
-    def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, Info]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, Info]:
         """Appends a token and pays for it."""
-        before = self._observation
+        before = self._penalty.base.tokens
         observation, reward, terminated, truncated, info = self.env.step(action)
-        assert before is not None
         added, columns = self._penalty(before[None], [int(action)])
-        self._observation = observation
         info = {**info, **{key: values[0] for key, values in columns.items()}}
-        return observation.copy(), float(reward) + float(added[0]), terminated, truncated, info
+        return observation, float(reward) + float(added[0]), terminated, truncated, info
 
 
 class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
@@ -201,25 +197,13 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         super().__init__(env)
         self._penalty = _Penalty(env, reference, kl_coef, temperature)
         self._mode = env.metadata["autoreset_mode"]
-        self._observations: Any = None
-        self._live = np.ones(env.num_envs, dtype=np.bool_)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts episodes."""
-        mask = None if options is None else options.get("reset_mask")
-        observations, infos = self.env.reset(seed=seed, options=options)
-        self._observations = observations.copy()
-        self._live[slice(None) if mask is None else mask] = True
-        return observations, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Appends a token to each row and pays for it, except where the step only resets."""
-        before, live = self._observations, self._live.copy()
+        before, live = self._penalty.base.tokens, self._penalty.base.running
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         added, columns = self._penalty(before, np.asarray(actions))
         ended = np.logical_or(terminations, truncations)
-        self._observations = observations.copy()
-        self._live = np.ones_like(ended) if self._mode == AutoresetMode.SAME_STEP else ~ended
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
                 into[key], into[f"_{key}"] = np.where(rows, values, np.float32(0)), rows.copy()
