@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
-_CACHED_PROMPTS = 100_000
+_CACHED_PROMPTS = 20_000
 
 
 class Task:
