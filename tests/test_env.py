@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import textrl
-from textrl.env import chosen_logprobs
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.proxy_gold import ProxyGold
 from textrl.envs.random_walk import RandomWalk
+from textrl.penalty import chosen_logprobs
 from textrl.policy import CausalPolicy, small_model
 from textrl.rollout import collect_sampled
 from textrl.stepwise import frozen_reference
