@@ -76,7 +76,7 @@ class Text(Task):
     def _check(self, row: Row) -> None:
         prompt = text_of(row, "prompt")
         if self._max_prompt_tokens is None:  # the longest prompt is the limit
-            self._encode(prompt)
+            self._codec.encode(prompt)
         else:
             self.encode(row)
 

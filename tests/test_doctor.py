@@ -39,15 +39,15 @@ class Noisy(textrl.Agent):
 
 
 class WrongSign(textrl.TextEnv):
-    def _penalty(self, token, info):
-        return -super()._penalty(token, info)
+    def _pay(self, token, info):
+        return -super()._pay(token, info)
 
 
 class Sums(textrl.TextEnv):
     """Its penalty is of another reference than it says."""
 
-    def _penalty(self, token, info):
-        return 0.5 * super()._penalty(token, info)
+    def _pay(self, token, info):
+        return 0.5 * super()._pay(token, info)
 
 
 class Endless(gym.Wrapper):

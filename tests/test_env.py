@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import textrl
-from textrl.env import chosen_logprobs
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.proxy_gold import ProxyGold
 from textrl.envs.random_walk import RandomWalk
+from textrl.penalty import chosen_logprobs
 from textrl.policy import CausalPolicy, small_model
 from textrl.rollout import collect_sampled
 from textrl.stepwise import frozen_reference
@@ -205,6 +205,7 @@ def test_masks_are_checked(mask):
         ({"kl_coef": 0.1}, "reference"),
         ({"temperature": 0}, "temperature"),
         ({"render_mode": "film"}, "render_mode"),
+        ({"reference": torch.nn.Linear(2, 2)}, "model must be a transformers PreTrainedModel"),
     ],
 )
 def test_wrong_arguments(kwargs, named):

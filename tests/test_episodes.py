@@ -166,8 +166,14 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         collect(env, model, 0, tmp_path / "a")
     with pytest.raises(ValueError, match="there is none at"):
         open_dataset(tmp_path / "nowhere")
-    collect(env, model, 1, tmp_path / "b")
+    none = collect(env, model, 1, tmp_path / "b").filter_episodes(lambda episode: False)
+    with pytest.raises(ValueError, match="dataset must be one with episodes"):
+        read_episodes(none)
     with pytest.raises(ValueError, match="dataset must be new"):
         collect(env, model, 1, tmp_path / "b")
+    env.task.score = lambda **columns: 1 / 0
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        collect(env, model, 1, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match="dataset row 0, column 'prompt' is missing"):
         as_episodes([{"completion": "a"}], env.task, torch.device("cpu"))

@@ -23,12 +23,12 @@ def run(capsys, *arguments):
 
 
 @pytest.fixture
-def logged(tmp_path, capsys):
-    """Episodes of a random model, written by the command."""
-    folder = tmp_path / "logged"
-    code, out, err = run(capsys, "collect", *COPY, "--episodes", 300, "--dataset", folder)
+def logged(tmp_path, capsys, monkeypatch):
+    """Episodes of a random model, written by the command into a folder of the current one."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "collect", *COPY, "--episodes", 300, "--dataset", "logged")
     assert (code, err) == (0, "") and "wrote 300 episodes" in out
-    return folder
+    return tmp_path / "logged"
 
 
 def test_collect_writes_what_minari_reads(logged):

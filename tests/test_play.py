@@ -132,7 +132,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(play):
     assert (code, err) == (0, "")
     for said in (
         "text must be made of the tokenizer's tokens",
-        "/back must be left: this is the beginning",
+        "there is no token to take back",
         "unknown command '/foo'",
         "/token must be an id from 0 to 2; got '9'",
         "/token must be an id from 0 to 2; got 'x'",

@@ -1,6 +1,7 @@
 """The README's code runs as it stands, and its custom agent from the command line too."""
 
 import copy
+import io
 import re
 import sys
 import types
@@ -10,6 +11,7 @@ import pytest
 
 import textrl
 from textrl import cli
+from textrl.envs.text import Text
 from textrl.policy import small_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -51,6 +53,25 @@ def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, c
     assert cli.main(command.split()) == 0
     assert cli.main(["evaluate", "runs/mine", "--episodes", "20"]) == 0
     assert "score" in capsys.readouterr().out
+
+
+def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("minari")
+    monkeypatch.chdir(tmp_path)
+    task = Text()
+    model = small_model(task.vocab_size, 64)
+    model.save_pretrained(tmp_path / "M")
+    task.tokenizer.save_pretrained(tmp_path / "M")
+    block = re.search(r"```bash\n(textrl envs.*?)```", README, re.DOTALL)[1]
+    commands = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
+    assert [command[0] for command in commands] == "envs agents train evaluate play collect ope doctor rlhf".split()
+    smaller = {"50000": "500", "1000": "20"}
+    for command in commands[:-1]:
+        if command[0] == "ope":
+            other = "train bpo --env textrl/Copy-v0 --dataset logged --total-timesteps 200 --log-dir other/run"
+            assert cli.main(other.split()) == 0
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/go all\n"))
+        assert cli.main([smaller.get(word, word) for word in command]) == 0, (command, capsys.readouterr())
 
 
 def test_the_commands_in_the_readme_exist():

@@ -6,6 +6,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 from gymnasium.wrappers.vector import DictInfoToList
@@ -17,6 +18,7 @@ from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.proxy_gold import ProxyGold
 from textrl.policy import small_model
+from textrl.state import pack_env, unpack_env
 from textrl.stepwise import frozen_reference
 
 TASKS = [Copy, Brackets, Increasing, ProxyGold]
@@ -151,8 +153,11 @@ def test_the_kind_of_seed():
     pair.reset(seed=[1, None, 2])
     assert pair.ours.reset(seed=9)[0].tolist() == pair.ours.reset(seed=9)[0].tolist()
     assert pair.ours.np_random_seed == 9
-    with pytest.raises(ValueError, match="num_envs=3"):
-        pair.ours.reset(seed=[1, 2])
+    pair.reset(seed=4)
+    for bad in ([1, 2], [1, 2.5, 3], [1, -1, 3], -1, 1.5, "abc"):
+        with pytest.raises(ValueError, match="num_envs=3"):
+            pair.ours.reset(seed=bad)
+    pair.step(np.array([1, 2, 3]))
 
 
 def test_a_reset_mask_resets_those_rows_only_and_is_left_alone():
@@ -169,8 +174,9 @@ def test_a_reset_mask_resets_those_rows_only_and_is_left_alone():
         (np.ones(4), TypeError),
         (np.ones(3, bool), ValueError),
         (np.zeros(4, bool), ValueError),
+        (np.ones((4, 1), bool), ValueError),
     ):
-        with pytest.raises(error, match="reset_mask"):
+        with pytest.raises(error, match=r"^options\['reset_mask'\] must .*[^\n]$"):
             pair.ours.reset(options={"reset_mask": bad})
     with pytest.raises(gym.error.ResetNeeded, match="all rows"):
         textrl.TextVectorEnv(Copy(), 2).reset(options={"reset_mask": np.array([True, False])})
@@ -339,3 +345,15 @@ def test_a_copy_of_an_env_goes_its_own_way():
     twin = copy.deepcopy(envs)
     for actions in np.random.default_rng(1).integers(5, size=(20, 3)):
         same(envs.step(actions), twin.step(actions))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_episode_steps": 2}])
+def test_an_env_taken_up_again_in_mid_episode_goes_on_alike(options):
+    envs, again = (textrl.TextVectorEnv(Copy(), 4, **options) for _ in range(2))
+    envs.reset(seed=0)
+    for _ in range(2):
+        envs.step(np.array([1, 2, 0, 3]))
+    tensors = {}
+    unpack_env(again, pack_env(envs, tensors), tensors, torch.device("cpu"))
+    for actions in np.random.default_rng(1).integers(4, size=(20, 4)):
+        same(envs.step(actions), again.step(actions))

@@ -99,6 +99,31 @@ def test_the_penalty_of_the_vector_wrapper_is_that_of_the_env(mode):
             inside.reset(options={"reset_mask": mine[2]}), outside.reset(options={"reset_mask": mine[2]})
 
 
+def test_the_penalty_follows_a_restored_episode():
+    task = Copy()
+    inside = textrl.TextEnv(task, reference=tiny(task), kl_coef=0.3)
+    outside = KLPenalty(textrl.TextEnv(task), tiny(task), 0.3)
+    for env in (inside, outside):
+        env.reset(seed=0)
+        start = env.unwrapped.snapshot()
+        env.step(1), env.step(2)
+        env.unwrapped.restore(start)
+    assert outside.step(3)[1] == pytest.approx(inside.step(3)[1], abs=1e-6)
+
+
+def test_the_penalty_reads_tokens_whatever_the_observations_are():
+    task = Copy()
+    one = KLPenalty(OneHotObservation(textrl.TextEnv(task)), tiny(task), 0.3)
+    many = VectorKLPenalty(VectorOneHotObservation(textrl.TextVectorEnv(task, 2)), tiny(task), 0.3)
+    inside = textrl.TextEnv(task, reference=tiny(task), kl_coef=0.3)
+    for env in (one, many, inside):
+        env.reset(options={"prompt": "abc"})
+    for action in (2, 1, 0):
+        expected = pytest.approx(inside.step(action)[1], abs=1e-6)
+        assert one.step(action)[1] == expected
+        assert many.step(np.array([action, action]))[1].tolist() == [expected, expected]
+
+
 def test_gymnasiums_wrappers():
     env = RecordEpisodeStatistics(gym.make("textrl/Copy-v0"))
     env.reset(seed=0, options={"prompt": "abc"})
@@ -174,6 +199,8 @@ def test_sb3_vec_env_is_the_vector_env():
         for i in np.flatnonzero(ended):
             np.testing.assert_array_equal(infos[i]["terminal_observation"], theirs["final_obs"][i])
             assert infos[i]["score"] == theirs["final_info"]["score"][i]
+            assert "action_mask" not in infos[i]  # it is of the next episode, which begins with
+            np.testing.assert_array_equal(adapter.reset_infos[i]["action_mask"], theirs["action_mask"][i])
     assert np.stack(adapter.env_method("action_masks")).shape == (3, 5)
     with pytest.raises(ValueError, match="SAME_STEP"):
         TextVecEnv(textrl.TextVectorEnv(Copy(), 2))

@@ -98,10 +98,29 @@ def reset_mask(options: dict[str, Any] | None, num_envs: int) -> NDArray[np.bool
         return np.ones(num_envs, dtype=np.bool_)
     mask = options["reset_mask"]
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        raise TypeError(f"options['reset_mask'] must be a numpy array of bool; got {mask!r}")
+        raise TypeError(f"options['reset_mask'] must be a numpy array of bool; got {shorten(mask)}")
     if mask.shape != (num_envs,) or not mask.any():
-        raise ValueError(f"options['reset_mask'] must have shape ({num_envs},) and at least one True; got {mask!r}")
+        raise ValueError(
+            f"options['reset_mask'] must have shape ({num_envs},) and at least one True; got {shorten(mask)}"
+        )
     return mask.copy()
+
+
+def row_seeds(seed: Any, num_envs: int) -> list[int | None]:
+    """The seed of each row: None, an int (row i gets seed + i) or a list of N ints and Nones.
+
+    Raises:
+        ValueError: for another number of seeds, or one that is no whole number of at least 0.
+    """
+    if isinstance(seed, (int, np.integer)):
+        seeds: list[Any] = [int(seed) + i for i in range(num_envs)]
+    else:
+        seeds = [None] * num_envs if seed is None else list(seed) if np.iterable(seed) else [seed]
+    if len(seeds) != num_envs or not all(s is None or (isinstance(s, (int, np.integer)) and s >= 0) for s in seeds):
+        raise ValueError(
+            f"seed must be None, a whole number from 0, or a list of num_envs={num_envs} such; got {shorten(seed)}"
+        )
+    return seeds
 
 
 def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.int64]:

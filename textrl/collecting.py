@@ -61,11 +61,13 @@ def collect(
     lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
-    storage = _new_storage(dataset, env, type(model).__name__)
+    folder = dataset_folder(dataset)
+    if (folder / "data").exists():
+        raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
     stepper = StepwiseLM(policy, base.task.vocab_size)
-    first = True
-    while storage.total_episodes < episodes:
-        size = min(EPISODES_AT_ONCE, episodes - int(storage.total_episodes))
+    storage: Any = None  # made when there is something to write, so that what fails at once leaves nothing behind
+    while storage is None or storage.total_episodes < episodes:
+        size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
         if is_bare(env):
             rollout = collect_sampled(base, policy, size, rng=rng, generator=generator)
         else:
@@ -79,11 +81,12 @@ def collect(
                 _actor(env, stepper, base.temperature, generator),
                 size,
                 device=policy.device,
-                seed=seed if first else None,
+                seed=seed if storage is None else None,
                 missing_penalty=missing,
             )
+        if storage is None:
+            storage = _new_storage(dataset, env, type(model).__name__)
         storage.update_episodes(_buffers(rollout, base.task))
-        first = False
     return open_dataset(storage.data_path.parent)
 
 
@@ -92,9 +95,8 @@ def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
     from minari.dataset.minari_storage import MinariStorage
     from minari.namespace import create_namespace, list_local_namespaces
 
-    if (folder / "data").exists():
-        raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
-    namespace = os.path.dirname(dataset) if isinstance(dataset, str) and folder != Path(dataset) else ""
+    named = folder != Path(dataset).absolute()
+    namespace = os.path.dirname(dataset) if named else ""
     if namespace and namespace not in list_local_namespaces():
         create_namespace(namespace)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
         env_spec=spec,
         jpeg_encoding=False,
     )
-    name = dataset if folder != Path(dataset) else folder.name
+    name = dataset if named else folder.name
     facts = {
         "kl_coef": base.kl_coef,
         "temperature": base.temperature,

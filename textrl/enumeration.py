@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .env import Policy
+from .penalty import Policy
 from .policy import CausalPolicy, head_of, load_model
 from .tabular import finite_rows, in_words
 from .task import Row, Task

@@ -11,16 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_action, check_penalty, check_render_mode, chosen_row
+from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStream
 from .task import Row, Task
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-Policy = Callable[[NDArray[np.int64]], Any]
-"""observations (B, L) int64 -> next-token logits (B, V), a tensor or an array."""
 
 Value = Callable[[NDArray[np.int64]], Any]
 """observations (B, L) int64 -> values of these states (B,), a tensor or an array."""
@@ -98,12 +95,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self.value: Value | None = None
         self.observation_space = observation_space(task)
         self.action_space = gym.spaces.Discrete(task.vocab_size)
-        self.reference: PreTrainedModel | None = None
-        self._ref_logits: Policy | None = None
-        if reference is not None:
-            from .stepwise import frozen_reference
-
-            self.reference, self._ref_logits = frozen_reference(reference, task)
+        self._penalty = None if reference is None else Penalty(reference, task)
+        self.reference = None if self._penalty is None else self._penalty.reference
         width = task.max_prompt_tokens + task.max_new_tokens
         self._blank: NDArray[np.int64] = np.full(width, task.vocab_size, dtype=np.int64)  # (L,)
         self._stream: RowStream | None = None
@@ -113,6 +106,11 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self._prompt_length = self._length = 0
         self._ended: bool | None = None  # None: never reset
         self._trace = Trace()
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The observation as it stands, (L,) int64, whatever a wrapper makes of it."""
+        return self._tokens.copy()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -169,8 +167,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         reward, value = 0.0, None
         if self.value is not None and self.render_mode is not None:
             value = self.value(self._tokens[None].copy())[0]
-        if self._ref_logits is not None:
-            reward += self._penalty(token, info)
+        if self._penalty is not None:
+            reward += self._pay(token, info)
         self._tokens[self._length] = token
         self._length += 1
         terminated = token == task.eos_token_id or self._length - self._prompt_length == task.max_new_tokens
@@ -189,16 +187,13 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             show([self.picture()])
         return self._tokens.copy(), reward, terminated, False, info
 
-    def _penalty(self, token: int, info: Info) -> float:
-        """`-kl_coef * (log pi - log pi_ref)`, or `+kl_coef * log pi_ref` without a policy; fills `info`."""
-        assert self._ref_logits is not None
+    def _pay(self, token: int, info: Info) -> float:
+        """The KL penalty of a token; fills `info`."""
+        assert self._penalty is not None
         observation = self._tokens[None].copy()  # (1, L)
-        ref_logprob = chosen_logprobs(self._ref_logits(observation), [token], self.temperature)[0]
-        info["ref_logprob"] = ref_logprob
-        if self.policy is None:
-            return self.kl_coef * float(ref_logprob)
-        info["kl"] = chosen_logprobs(self.policy(observation), [token], self.temperature)[0] - ref_logprob
-        return -self.kl_coef * float(info["kl"])
+        paid, columns = self._penalty(observation, [token], self.kl_coef, self.temperature, self.policy)
+        info.update((key, values[0]) for key, values in columns.items())
+        return float(paid[0])
 
     def _response(self) -> list[int]:
         return self._tokens[self._prompt_length : self._length].tolist()  # type: ignore[no-any-return]
@@ -262,12 +257,3 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         "human" shows each step in the terminal by itself; None then, and without a render mode.
         """
         return draw(self.picture(), self.render_mode)
-
-
-def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:
-    """The log-softmax of logits / temperature at the chosen tokens, in float32: (B, V), (B,) -> (B,)."""
-    import torch
-
-    scaled = torch.as_tensor(logits).detach().float() / temperature  # (B, V)
-    chosen = torch.as_tensor(np.asarray(tokens), device=scaled.device)[:, None]
-    return scaled.log_softmax(-1).gather(-1, chosen)[:, 0].cpu().numpy()  # type: ignore[no-any-return]

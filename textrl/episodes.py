@@ -55,6 +55,9 @@ def read_episodes(
         dataset: one that `collect` wrote, or another recorded from a textrl environment; what was not recorded is NaN.
         task: gives the responses as text; without it `completions` stays empty.
         device: where the tensors go.
+
+    Raises:
+        ValueError: for a dataset that is not there, is empty, or is not of this task.
     """
     found = open_dataset(dataset)
     fill = int(found.observation_space.high.flat[0])
@@ -62,6 +65,7 @@ def read_episodes(
     if task is not None:
         check("task", task.vocab_size, task.vocab_size == fill, f"one with the dataset's vocabulary of {fill}")
     episodes = list(found.iterate_episodes())
+    check("dataset", str(found.storage.data_path), bool(episodes), "one with episodes")
     prompts = [episode.observations[0][episode.observations[0] != fill] for episode in episodes]
     responses = [episode.actions.tolist() for episode in episodes]
     tokens, prompt_lengths, mask = pad_responses(prompts, responses, torch.device("cpu"))
@@ -199,8 +203,8 @@ def dataset_folder(dataset: str | Path) -> Path:
     from minari.storage import get_dataset_path
 
     if isinstance(dataset, str) and re.fullmatch(r"\w[\w/.-]*-v\d+", dataset):
-        return Path(get_dataset_path(dataset))
-    return Path(dataset)
+        dataset = Path(get_dataset_path(dataset))
+    return Path(dataset).absolute()  # Minari loses its way from a relative one
 
 
 def _read_row(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .adapters import CONFIG, load_adapted, plain_module
 from .config import check
 from .flat import flat_of
 from .hub import check_source
+from .scores import shorten
 from .tabular import register_tabular
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def load_model(
     model = plain_module(model)
     if isinstance(model, (str, Path)):
         model = _from_pretrained(str(model), dtype)
-    elif not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a transformers PreTrainedModel, a folder or a hub name; got {model!r}")
+    elif not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, a folder or a hub name; got {shorten(model)}")
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = without_dropout(model).to(device=device, dtype=dtype)

@@ -243,8 +243,10 @@ class Session:
     def back(self, argument: str) -> None:
         """Takes tokens back."""
         most = len(self.before)
+        if not most:
+            raise ValueError("there is no token to take back")
         fine = (argument or "1").isdecimal() and 1 <= int(argument or 1) <= most
-        check("/back", argument, fine, f"a number from 1 to {most}" if most else "left: this is the beginning")
+        check("/back", argument, fine, f"a number from 1 to {most}")
         self.before, here = self.before[: most - int(argument or 1)], self.before[most - int(argument or 1)]
         self.observation, self.final = self.env.restore(here), None
 

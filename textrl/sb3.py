@@ -65,7 +65,8 @@ class TextVecEnv(VecEnv):
         split = self._split(infos)
         for i in np.flatnonzero(terminated | truncated).tolist():
             cut = bool(truncated[i] and not terminated[i])
-            split[i] = {**split[i], **final[i], "terminal_observation": last[i], "TimeLimit.truncated": cut}
+            self.reset_infos[i] = split[i]  # of the episode that begins
+            split[i] = {**final[i], "terminal_observation": last[i], "TimeLimit.truncated": cut}
         return observations, rewards.astype(np.float32), terminated | truncated, split
 
     def _split(self, infos: dict[str, Any]) -> list[dict[str, Any]]:

@@ -23,14 +23,16 @@ from torch import Tensor, nn
 
 from .kl import AdaptiveKL
 from .offline import Epochs
+from .outcomes import Outcomes
+from .penalty import Penalty
 from .rollout import Rollout
 from .rows import RowStream, RowStreams
-from .stepwise import StepwiseLM
 from .task import Task
+from .texts import Texts
 
-PARTS = (AdaptiveKL, Epochs, RowStream, RowStreams, RunningMeanStd)
+PARTS = (AdaptiveKL, Epochs, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
 """Objects that are packed attribute by attribute, and restored into those that stand in their place."""
-TASK_DATA = ("_rows", "_table")
+TASK_DATA = ("_rows", "_table", "_where", "_last", "_columns")
 """Attributes of such an object that come from the task."""
 Tensors = dict[str, Tensor]
 
@@ -239,8 +241,7 @@ def unpack_env(env: Any, state: list[dict[str, Any]], tensors: Tensors, device: 
     here = list(layers(env))
     if len(here) != len(state):
         raise ValueError(f"env must be wrapped as it was: {len(state)} layers; got {len(here)}: {env}")
-    started = any("part" in value for each in state for value in each.values() if isinstance(value, dict))
-    if started:  # the streams of prompts are made by the first reset
+    if any(each.get(name) for each in state for name in ("_stream", "_streams")):  # made by the first reset
         env.reset()
     for layer, content in zip(here, state, strict=True):
         unpack_attributes(layer, content, tensors, device)
@@ -252,10 +253,8 @@ def forget_caches(env: Any) -> None:
     Texts read again are the same to the last bit in a run that was interrupted and in one that was not.
     """
     for layer in layers(env):
-        for holder in (layer, vars(layer).get("_penalty")):
-            stepper = getattr(holder, "_ref_logits", None)
-            if isinstance(stepper, StepwiseLM):
-                stepper.forget()
+        if isinstance(penalty := vars(layer).get("_penalty"), Penalty):
+            penalty.stepper.forget()
 
 
 # ---- generators that belong to nobody ------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asking import Asking, ask
+from .codec import Codec
 from .config import check, is_count
 from .scores import Scores
 from .scores import call_score as call_score
 from .scores import shorten as shorten
 from .symbols import symbol_tokenizer as symbol_tokenizer
-from .symbols import symbols_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,6 @@ Row = dict[str, Any]
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
-_CACHED_PROMPTS = 100_000
 
 
 class Task:
@@ -72,9 +71,7 @@ class Task:
         self.token_scores: bool | None = None
         """Whether `score` gives a list per text; None until a score has been seen."""
         self.asking = Asking()  # how `score` is asked: how long it may take, and what happens when it fails
-        self._symbols = symbols_of(tokenizer)
-        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._encoded: dict[str, NDArray[np.int64]] = {}
+        self._codec = Codec(tokenizer)
         self._rows: list[Row] | None = None
         self._max_prompt_tokens = self._prompt_limit = max_prompt_tokens
 
@@ -181,7 +178,8 @@ class Task:
             if rows is None:
                 self._max_prompt_tokens = DEFAULT_MAX_PROMPT_TOKENS
             else:
-                self._max_prompt_tokens = max(len(self._encode(prompt)) for prompt in {row["prompt"] for row in rows})
+                prompts = {row["prompt"] for row in rows}
+                self._max_prompt_tokens = max(len(self._codec.encode(prompt)) for prompt in prompts)
         return self._max_prompt_tokens
 
     @property
@@ -197,10 +195,7 @@ class Task:
         Raises:
             ValueError: for a prompt that is too long, has no tokens, or has text the tokenizer does not know.
         """
-        try:
-            ids = self._encoded[row["prompt"]]
-        except (KeyError, TypeError, IndexError):
-            ids = self._encode(check_row(row)["prompt"])
+        ids = self._codec.encode(check_row(row)["prompt"])
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt is {len(ids)} tokens long, longer than max_prompt_tokens={self.max_prompt_tokens}:"
@@ -208,27 +203,9 @@ class Task:
             )
         return ids
 
-    def _encode(self, prompt: str) -> NDArray[np.int64]:
-        try:
-            tokens = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        except Exception as error:
-            raise ValueError(f"prompt has text that the tokenizer does not know: {shorten(prompt)} ({error})") from None
-        ids = np.array(self._bos + list(tokens), dtype=np.int64)
-        if len(ids) == 0:
-            raise ValueError("prompt is empty, and the tokenizer has no begin token to start from: give it some text")
-        if len(self._encoded) >= _CACHED_PROMPTS:
-            self._encoded.clear()
-        self._encoded[prompt] = ids
-        return ids
-
     def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each response, without special tokens."""
-        responses = completion_ids.tolist() if isinstance(completion_ids, np.ndarray) else completion_ids
-        if self._symbols is not None:
-            symbol = self._symbols.__getitem__
-            return ["".join(map(symbol, response)) for response in responses]
-        backend = self.tokenizer.backend_tokenizer
-        return list(backend.decode_batch([list(response) for response in responses], skip_special_tokens=True))
+        return self._codec.decode(completion_ids)
 
     def evaluate(
         self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]], completions: list[str] | None = None

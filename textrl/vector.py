@@ -11,13 +11,23 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .arguments import as_autoreset_mode, check_actions, check_count, check_penalty, check_render_mode, chosen_row
+from .arguments import (
+    as_autoreset_mode,
+    check_actions,
+    check_count,
+    check_penalty,
+    check_render_mode,
+    chosen_row,
+    row_seeds,
+)
 from .arguments import reset_mask as rows_to_reset
-from .env import Info, Policy, Value, chosen_logprobs, observation_space
+from .env import Info, Value, observation_space
 from .outcomes import Outcomes
+from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStreams
 from .task import Row, Task
+from .texts import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,32 +88,29 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self.single_action_space = gym.spaces.Discrete(task.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.reference: PreTrainedModel | None = None
-        self._ref_logits: Policy | None = None
-        if reference is not None:
-            from .stepwise import frozen_reference
-
-            self.reference, self._ref_logits = frozen_reference(reference, task)
+        self._penalty = None if reference is None else Penalty(reference, task)
+        self.reference = None if self._penalty is None else self._penalty.reference
         n, width = self.num_envs, task.max_prompt_tokens + task.max_new_tokens
-        self._buffer = np.full((n, width + 1), task.vocab_size, dtype=np.int64)  # the last column is for `_tokens`
-        self._offsets = np.arange(n) * (width + 1)  # where each row begins in the flat buffer,
-        self._starts = self._offsets.copy()  # where its response begins,
-        self._places = self._offsets.copy()  # and where the next token goes
+        self._texts = Texts(n, width, task.vocab_size)
         # arrays without axes, because NumPy is half as fast with numbers of Python's
-        self._horizon, self._end, self._one = np.array(task.max_new_tokens), np.array(task.eos_token_id), np.array(1)
+        self._horizon, self._end = np.array(task.max_new_tokens), np.array(task.eos_token_id)
         self._limit = np.array(self.max_episode_steps or task.max_new_tokens + 1)
         self._ended: Bools = np.ones(n, dtype=np.bool_)  # the texts that are finished,
         self._over: Bools = np.ones(n, dtype=np.bool_)  # and the rows to be reset: those, and what was truncated
         self._started = False
-        self._rows: NDArray[Any] = np.full(n, None, dtype=object)  # (N,) rows of the task
         self._streams: RowStreams | None = None
         self._masked = task.masked
         self._traces = [Trace() for _ in range(n)]  # for pictures, kept where there is a render mode
 
     @property
-    def _tokens(self) -> NDArray[np.int64]:
-        """(N, L): all but the last column of the buffer, which takes what an ended row writes."""
-        return self._buffer[:, :-1]
+    def tokens(self) -> NDArray[np.int64]:
+        """The observations as they stand, (N, L) int64, whatever a wrapper makes of them."""
+        return self._texts.tokens.copy()
+
+    @property
+    def running(self) -> Bools:
+        """(N,) bool: the rows whose episode goes on; the others are to be reset."""
+        return ~self._over
 
     # ---- reset ----------------------------------------------------------------------------------------------
 
@@ -120,30 +127,21 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             observations (N, L) int64 and infos.
         """
         n = self.num_envs
-        first = None
-        seeds: list[int | None] = [None] * n
-        if isinstance(seed, (int, np.integer)):
-            first = int(seed)
-            seeds = [first + i for i in range(n)]
-        elif seed is not None:
-            seeds = list(seed)
-        if len(seeds) != n:
-            raise ValueError(f"seed must be None, an int or a list of num_envs={n}; got a list of {len(seeds)}")
-        mask = rows_to_reset(options, n)
+        seeds, mask = row_seeds(seed, n), rows_to_reset(options, n)
         if not self._started and not mask.all():
             raise gym.error.ResetNeeded("the first reset must be of all rows: leave options['reset_mask'] away")
-        super().reset(seed=first)
+        super().reset(seed=seeds[0] if isinstance(seed, (int, np.integer)) else None)
         if self._streams is None:
             fresh = self.np_random.integers(2**63, size=n).tolist()
-            self._streams = RowStreams(self.task, fresh, self._tokens.shape[1])
+            self._streams = RowStreams(self.task, fresh, self._texts.tokens.shape[1])
             self._outcomes = Outcomes(self.task, n, self._streams.num_rows)
         for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
-                self._streams.seed(i, int(row_seed))
+                self._streams.seed(i, row_seed)
         self._restart(np.flatnonzero(mask), chosen_row(options))
         self._started = True
         self._show()
-        return self._tokens.copy(), self._mask_info(mask)
+        return self._texts.tokens.copy(), self._mask_info(mask)
 
     def _restart(self, indices: NDArray[np.intp], row: Row | None = None) -> None:
         """A new prompt in each of these rows."""
@@ -152,9 +150,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             which, rows, tokens, lengths = self._streams.draw(indices)
         else:
             which, (rows, tokens, lengths) = None, self._streams.lay_out([row] * len(indices))
-        self._rows[indices] = rows
-        self._tokens[indices] = tokens
-        self._starts[indices] = self._places[indices] = self._offsets[indices] + lengths
+        self._texts.start(indices, rows, tokens, lengths)
         self._outcomes.start(indices, which)
         self._ended[indices] = self._over[indices] = False
         if self.render_mode is not None:
@@ -185,14 +181,13 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if len(again) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise AssertionError(f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}")
         rewards = np.zeros(self.num_envs)
-        values = None if self.value is None or self.render_mode is None else self.value(self._tokens.copy())
+        values = None if self.value is None or self.render_mode is None else self.value(self._texts.tokens.copy())
         infos: Info = {}
-        if self._ref_logits is not None and len(again) < self.num_envs:
-            self._penalties(actions, rewards, infos)
-        self._buffer.reshape(-1)[self._places] = actions
-        self._places += self._one
+        if self._penalty is not None and len(again) < self.num_envs:
+            self._pay(actions, rewards, infos)
+        self._texts.append(actions)
         self._outcomes.append(actions)
-        lengths = self._places - self._starts
+        lengths = self._texts.lengths
         ended, truncated = (lengths == self._horizon) | (actions == self._end), lengths >= self._limit
         if len(again):  # what was just written there goes
             ended[again] = truncated[again] = False
@@ -201,7 +196,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         over = self._over.nonzero()[0]
         final: Info = {}
         if len(over) and ended.any():
-            last, final = self._outcomes.of(ended, self._episodes)
+            last, final = self._outcomes.of(ended, self._texts.episodes)
             rewards += last
         if self.task.token_scores is not False:
             self._token_scores(~ended, rewards)
@@ -214,34 +209,22 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             infos.update(final)
         if self._masked and not self._ended.all():
             infos.update(self._mask_info(~self._ended))
-        return self._tokens.copy(), rewards, ended, truncated, infos
+        return self._texts.tokens.copy(), rewards, ended, truncated, infos
 
-    def _penalties(self, actions: NDArray[np.int64], rewards: NDArray[np.float64], infos: Info) -> None:
-        """`-kl_coef * (log pi - log pi_ref)`, or `+kl_coef * log pi_ref` without a policy, for every live row."""
-        assert self._ref_logits is not None
-        live, observations = ~self._over, self._tokens.copy()
-        ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
-        infos["ref_logprob"], infos["_ref_logprob"] = np.where(live, ref_logprobs, np.float32(0)), live.copy()
-        if self.policy is None:
-            rewards[live] += self.kl_coef * ref_logprobs[live].astype(np.float64)
-            return
-        kl = chosen_logprobs(self.policy(observations), actions, self.temperature) - ref_logprobs
-        infos["kl"], infos["_kl"] = np.where(live, kl, np.float32(0)), live.copy()
-        rewards[live] += -self.kl_coef * kl[live].astype(np.float64)
-
-    def _episodes(self, indices: NDArray[np.intp]) -> tuple[list[Row], list[list[int]]]:
-        """The rows and the responses of these environments."""
-        offsets = self._offsets[indices]
-        starts, ends = (self._starts[indices] - offsets).tolist(), (self._places[indices] - offsets).tolist()
-        texts = self._tokens[indices].tolist()
-        responses = [text[start:end] for text, start, end in zip(texts, starts, ends, strict=True)]
-        return self._rows[indices].tolist(), responses
+    def _pay(self, actions: NDArray[np.int64], rewards: NDArray[np.float64], infos: Info) -> None:
+        """The KL penalty of a token, for every live row."""
+        assert self._penalty is not None
+        live, observations = self.running, self._texts.tokens.copy()
+        paid, columns = self._penalty(observations, actions, self.kl_coef, self.temperature, self.policy)
+        rewards[live] += paid[live]
+        for key, values in columns.items():
+            infos[key], infos[f"_{key}"] = np.where(live, values, np.float32(0)), live.copy()
 
     def _token_scores(self, running: Bools, rewards: NDArray[np.float64]) -> None:
         """The reward of the token just written, where the score gives one for every token."""
-        indices = (running & (self._places > self._starts)).nonzero()[0]
+        indices = (running & (self._texts.lengths > 0)).nonzero()[0]
         if len(indices):
-            scores = self.task.evaluate(*self._episodes(indices))
+            scores = self.task.evaluate(*self._texts.episodes(indices))
             if scores.tokens is not None:
                 rewards[indices] += scores.last
                 rewards[indices[list(scores.faults)]] = np.nan
@@ -250,7 +233,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """SAME_STEP: what belongs to the episodes that are over moves into `final_obs` and `final_info`."""
         over, observations = self._over.copy(), np.full(self.num_envs, None, dtype=object)
         for i in over.nonzero()[0].tolist():
-            observations[i] = self._tokens[i].copy()
+            observations[i] = self._texts.tokens[i].copy()
         for key in ("ref_logprob", "kl"):
             if key in infos:
                 final[key] = np.where(over, infos[key], np.float32(0))
@@ -271,11 +254,9 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         if not self._masked or not self._started or self._ended.all():
             return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
         running = (~self._ended).nonzero()[0]
-        places = self._starts[running, None] + np.arange(self.task.max_new_tokens)  # (n, T)
-        written = places < self._places[running, None]
-        responses = np.where(written, self._buffer.take(places), self.task.vocab_size)
+        responses = self._texts.responses(running, self.task.max_new_tokens)  # (n, T)
         mask = np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
-        mask[running] = self.task.masks(self._rows[running].tolist(), responses)
+        mask[running] = self.task.masks(self._texts.rows[running].tolist(), responses)
         return mask
 
     def _mask_info(self, rows: Bools) -> Info:
@@ -287,7 +268,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def pictures(self) -> list[Picture]:
         """The episodes as they stand, for the renderers."""
-        rows, responses = self._episodes(np.arange(self.num_envs))
+        rows, responses = self._texts.episodes(np.arange(self.num_envs))
         return [
             Picture.of(self.task, row["prompt"] if row else "", ids, trace)
             for row, ids, trace in zip(rows, responses, self._traces, strict=True)
@@ -295,7 +276,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def _trace(self, rewards: NDArray[np.float64], kls: Any, values: Any) -> None:
         """Keeps what a step brought, (N,) each or None, for the renderers."""
-        for i in (self._places > self._starts).nonzero()[0].tolist():
+        for i in self._texts.lengths.nonzero()[0].tolist():
             kl, value = None if kls is None else kls[i], None if values is None else values[i]
             self._traces[i].add(float(rewards[i]), kl, value)
         self._show()

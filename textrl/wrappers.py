@@ -12,7 +12,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from .arguments import check_penalty
-from .env import Info, Policy, chosen_logprobs
+from .env import Info
+from .penalty import Penalty
 from .task import Task
 
 if TYPE_CHECKING:
@@ -121,26 +122,6 @@ class VectorOneHotObservation(VectorObservationWrapper[Any, Any, Any, Any]):
         return one_hot(observations, self._vocab_size)
 
 
-class _Penalty:
-    """The KL penalty of one step, for a batch of rows."""
-
-    def __init__(self, env: AnyEnv, reference: Any, kl_coef: float, temperature: float) -> None:
-        check_penalty(reference, kl_coef, temperature)
-        from .stepwise import frozen_reference
-
-        self.env, self.kl_coef, self.temperature = env, kl_coef, temperature
-        self.reference, self._ref_logits = frozen_reference(reference, task_of(env))
-
-    def __call__(self, observations: NDArray[np.int64], actions: Any) -> tuple[NDArray[np.float64], dict[str, Any]]:
-        """(N, L), (N,) -> what is added to the rewards (N,), and the columns of info."""
-        ref_logprobs = chosen_logprobs(self._ref_logits(observations), actions, self.temperature)
-        policy: Policy | None = getattr(self.env.unwrapped, "policy", None)
-        if policy is None:
-            return self.kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
-        kl = chosen_logprobs(policy(observations), actions, self.temperature) - ref_logprobs
-        return -self.kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
-
-
 class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
     """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
 
@@ -163,24 +144,18 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         settings = {"reference": reference, "kl_coef": kl_coef, "temperature": temperature}
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **settings)
         gym.Wrapper.__init__(self, env)
-        self._penalty = _Penalty(env, reference, kl_coef, temperature)
-        self._observation: NDArray[np.int64] | None = None
+        check_penalty(reference, kl_coef, temperature)
+        self.kl_coef, self.temperature = kl_coef, temperature
+        self._penalty = Penalty(reference, task_of(env))
 
-    def reset(self, **kwargs: Any) -> tuple[NDArray[np.int64], Info]:
-        """Starts an episode."""
-        observation, info = self.env.reset(**kwargs)
-        self._observation = observation
-        return observation.copy(), info
-
-    def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, Info]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, Info]:
         """Appends a token and pays for it."""
-        before = self._observation
+        base: Any = self.env.unwrapped  # its own state: it may have been restored, and show other observations here
+        before = base.tokens[None]  # (1, L)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        assert before is not None
-        added, columns = self._penalty(before[None], [int(action)])
-        self._observation = observation
+        added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, base.policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
-        return observation.copy(), float(reward) + float(added[0]), terminated, truncated, info
+        return observation, float(reward) + float(added[0]), terminated, truncated, info
 
 
 class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
@@ -199,27 +174,18 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         self, env: VectorEnv[Any, Any, Any], reference: PreTrainedModel | str, kl_coef: float, temperature: float = 1.0
     ) -> None:
         super().__init__(env)
-        self._penalty = _Penalty(env, reference, kl_coef, temperature)
+        check_penalty(reference, kl_coef, temperature)
+        self.kl_coef, self.temperature = kl_coef, temperature
+        self._penalty = Penalty(reference, task_of(env))
         self._mode = env.metadata["autoreset_mode"]
-        self._observations: Any = None
-        self._live = np.ones(env.num_envs, dtype=np.bool_)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts episodes."""
-        mask = None if options is None else options.get("reset_mask")
-        observations, infos = self.env.reset(seed=seed, options=options)
-        self._observations = observations.copy()
-        self._live[slice(None) if mask is None else mask] = True
-        return observations, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Appends a token to each row and pays for it, except where the step only resets."""
-        before, live = self._observations, self._live.copy()
+        base: Any = self.env.unwrapped  # its own state, as above
+        before, live = base.tokens, base.running
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
-        added, columns = self._penalty(before, np.asarray(actions))
+        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, base.policy)
         ended = np.logical_or(terminations, truncations)
-        self._observations = observations.copy()
-        self._live = np.ones_like(ended) if self._mode == AutoresetMode.SAME_STEP else ~ended
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
                 into[key], into[f"_{key}"] = np.where(rows, values, np.float32(0)), rows.copy()

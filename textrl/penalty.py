@@ -1,0 +1,60 @@
+"""The KL penalty of a step, wherever it is paid: in an environment, or in a wrapper around one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from .task import Task
+
+Policy = Callable[[NDArray[np.int64]], Any]
+"""observations (B, L) int64 -> next-token logits (B, V), a tensor or an array."""
+
+
+class Penalty:
+    """`-kl_coef * (log pi - log pi_ref)` of a token; `+kl_coef * log pi_ref` where the policy is not known.
+
+    Args:
+        reference: a causal language model, or the name or folder of one. It is frozen.
+        task: what is played.
+
+    Attributes:
+        reference: the model.
+        stepper: the model as a `Policy` that reads one token a step.
+    """
+
+    def __init__(self, reference: PreTrainedModel | str, task: Task) -> None:
+        from .stepwise import frozen_reference
+
+        self.reference, self.stepper = frozen_reference(reference, task)
+
+    def __call__(
+        self,
+        observations: NDArray[np.int64],
+        actions: Any,
+        kl_coef: float,
+        temperature: float,
+        policy: Policy | None,
+    ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
+        """States (B, L), tokens (B,) -> what is added to the rewards (B,), and the columns of info, (B,) each."""
+        ref_logprobs = chosen_logprobs(self.stepper(observations), actions, temperature)
+        if policy is None:
+            return kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
+        kl = chosen_logprobs(policy(observations), actions, temperature) - ref_logprobs
+        return -kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
+
+
+def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:
+    """The log-softmax of logits / temperature at the chosen tokens, in float32: (B, V), (B,) -> (B,)."""
+    import torch
+
+    scaled = torch.as_tensor(logits).detach().float() / temperature  # (B, V)
+    chosen = torch.as_tensor(np.asarray(tokens), device=scaled.device)[:, None]
+    return scaled.log_softmax(-1).gather(-1, chosen)[:, 0].cpu().numpy()  # type: ignore[no-any-return]
