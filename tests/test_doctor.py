@@ -1,5 +1,6 @@
 """`textrl doctor`: every planted fault is found under its name, with a fix; what is sound passes."""
 
+import copy
 import re
 import sys
 
@@ -11,6 +12,7 @@ from tokenizers import normalizers
 import textrl
 from textrl import cli, registration
 from textrl.doctor import CHECKS, diagnose
+from textrl.patient import Patient
 from textrl.policy import small_model
 from textrl.registration import registered
 
@@ -141,7 +143,7 @@ def noise(x):
 PLANTED = {
     "logits are not finite": ("finite logits", lambda: agent_on(policy=nan())),
     "ratios differ from 1": ("ratio at the first minibatch", lambda: agent_on(cls=Noisy)),
-    "ratios differ from 1 by up to .*without dropout": (
+    "ratios differ from 1 by .*without dropout": (
         "ratio at the first minibatch",
         lambda: agent_on(policy=hooked(noise)),
     ),
@@ -232,6 +234,20 @@ def test_every_environment_is_sound(id):
 def test_a_vector_environment_and_frozen_layers():
     env = gym.make_vec(ID, num_envs=4)
     assert all(finding.fine for finding in diagnose(textrl.Agent(env, trainable_layers=1)))
+
+
+def test_rounding_in_bfloat16_is_no_fault():
+    """Single logits are rounded to a quarter there, so the mean counts; a wrong temperature is still found."""
+    numbers = torch.tensor([0.0, 0.3])
+    assert Patient(agent_on(policy=model())).apart(numbers) == pytest.approx(0.3)
+    wide = model().to(torch.bfloat16)
+    with torch.no_grad():
+        wide.transformer.ln_f.weight.mul_(40)
+    agent = textrl.Agent(gym.make(ID, reference=copy.deepcopy(wide), kl_coef=0.2), wide, dtype="bfloat16")
+    assert Patient(agent).apart(numbers) == pytest.approx(0.15)
+    assert [str(finding) for finding in diagnose(agent) if not finding.fine] == []
+    agent.policy.temperature = 2.0
+    assert "temperature" in [finding.name for finding in diagnose(agent) if not finding.fine]
 
 
 def test_a_part_that_starts_at_nothing_is_no_fault():
