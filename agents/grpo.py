@@ -38,7 +38,7 @@ class GRPOConfig(AgentConfig):
 
     group_size: int = 8  # samples of each prompt
     epochs: int = 1  # passes over each batch
-    minibatches: int = 4  # steps a pass
+    minibatches: int = 2  # steps a pass
     clip_coef: float = 0.2  # eps of the ratio
     scale: str = "batch"  # whose standard deviation divides the scores: the "batch"'s, each "group"'s, or "none"
 

@@ -49,7 +49,7 @@ class PPOConfig(AgentConfig):
     whiten_scores: bool = False  # scores to variance 1 over the batch, the mean kept
     clip_score: float | None = None  # scores are clipped to [-clip_score, clip_score]
     missing_end_penalty: float = 0.0  # taken off the score of a response that did not stop by itself
-    target_kl: float | None = None  # no further epochs once KL(old || new) is above this
+    target_kl: float | None = 0.05  # no further epochs once KL(old || new), nats a token, is above this
     kl_target: float | None = None  # the KL coefficient follows this KL(policy || reference) per response, in nats
     kl_horizon: float = 10_000.0  # episodes over which it may change by about e^0.2
     critic: str = "separate"  # "separate": a trunk of its own; "shared": a head on the policy's trunk

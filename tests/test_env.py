@@ -2,6 +2,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 import textrl
 from textrl.envs.copy import Copy
@@ -266,3 +267,10 @@ def test_random_walks_are_good_in_parts_only():
 def test_large_alphabets_do_not_list_every_prompt():
     task = Copy(symbols="abcdefghijklmnopqrstuvwxyz", length=32)
     assert len(task.rows) == 10_000 and len({row["prompt"] for row in task.rows}) == 10_000
+
+
+@pytest.mark.parametrize("kind", [GPT2Model, GPT2ForSequenceClassification])
+def test_a_reference_without_next_token_logits_is_refused(kind):
+    config = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
+    with pytest.raises(ValueError, match=f"must be a causal language model.*{kind.__name__} gives"):
+        gym.make("textrl/Copy-v0", reference=kind(config), kl_coef=0.1)

@@ -166,16 +166,25 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuses a tokenizer that can name tokens the model has no embedding for.
+    """Refuses a model that gives no next-token logits, and a tokenizer whose tokens it does not all know.
 
     Raises:
-        ValueError: with both sizes.
+        ValueError: with what it gives, or both sizes.
     """
     size = model.get_input_embeddings().weight.shape[0] if model.get_input_embeddings() is not None else None
     if size is not None and len(tokenizer) > size:
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {size}:"
             " use the tokenizer the model was trained with, or model.resize_token_embeddings(len(tokenizer))"
+        )
+    other = torch.tensor([[int(model.config.pad_token_id == 0)]], device=model.device)  # padding alone draws a warning
+    with torch.no_grad():
+        logits = getattr(model(input_ids=other), "logits", None)
+    if logits is None or logits.ndim != 3:
+        given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)} for one token"
+        raise ValueError(
+            "model must be a causal language model, such as AutoModelForCausalLM loads;"
+            f" {type(model).__name__} gives {given}"
         )
 
 
