@@ -28,14 +28,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from textrl import checkpoint, fetch
 from textrl.agent import check
 from textrl.env import TextEnv
+from textrl.flags import RUN
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
-from textrl.report import write_report
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
 
 from .ppo import PPO
-from .rlhf_report import compare, print_summary, sections
+from .rlhf_report import LOGS, REPORT, compare, write_page
 from .sft import SFT
 
 
@@ -75,9 +75,6 @@ class RLHFConfig:
         check("minutes", self.minutes, self.minutes > 0, "above 0")
         check("pair_gap", self.pair_gap, self.pair_gap > 0, "above 0")
         check("eval_episodes", self.eval_episodes, self.eval_episodes >= 16, "at least 16")
-
-
-RUN = "run.json"
 
 
 def rlhf(config: RLHFConfig) -> dict[str, Any]:
@@ -206,7 +203,7 @@ class _Run:
             batch_size=config.sft_batch_size,
             **self.shared(),
         )
-        agent.learn(self.planned(config.sft_timesteps), log_dir=self.folder / "logs" / "sft", progress_bar=True)
+        agent.learn(self.planned(config.sft_timesteps), log_dir=self.folder / LOGS / "sft", progress_bar=True)
         agent.save(folder)
 
     def reward_model(self, folder: Path) -> None:
@@ -222,7 +219,7 @@ class _Run:
             trainable_layers=config.trainable_layers,
             seed=config.seed,
         )
-        train_reward_model(model, pairs, settings, log_dir=self.folder / "logs" / folder.name, progress_bar=True)
+        train_reward_model(model, pairs, settings, log_dir=self.folder / LOGS / folder.name, progress_bar=True)
         prompts = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
         prompts = prompts[: config.eval_episodes]
         drawn = self.samples(self.env(prompts, model, None, config.max_new_tokens), sft, prompts)
@@ -245,7 +242,7 @@ class _Run:
             minibatches=config.ppo_minibatches,
             **self.shared(),
         )
-        agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / "logs" / "ppo", progress_bar=True)
+        agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / LOGS / "ppo", progress_bar=True)
         agent.save(folder)
 
     # ---- the report ------------------------------------------------------------------------------------------
@@ -270,9 +267,7 @@ class _Run:
             "seconds": {**self._seconds, "all": round(sum(self._seconds.values()), 1)},
             "config": dataclasses.asdict(config),
         }
-        write_report(
-            self.folder / "report.html", "RLHF on movie reviews", self.about, sections(out, self.folder / "logs")
-        )
-        checkpoint.write_json(self.folder / "report.json", out)
-        print_summary(out, self.folder)
+        said = write_page(self.folder, out)
+        checkpoint.write_json(self.folder / REPORT, out)
+        print(f"{said} and {self.folder / REPORT}")
         return out

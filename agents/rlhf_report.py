@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from textrl.report import Section, curves, distinct, visible
+from textrl.files import InputError
+from textrl.flags import RUN
+from textrl.logging import PROGRESS
+from textrl.report import PAGE, Section, curves, distinct, settings, visible, write_report
 from textrl.rollout import Rollout
 
+REPORT, LOGS = "report.json", "logs"
+"""In a run's folder: the figures of its end; the logs of its steps, a folder each."""
 SHOWN = 8
 """Openings that are printed with their continuations."""
 MEASURES = {
@@ -29,6 +35,12 @@ PPO_CURVES = {
 }
 REWARD_CURVES = {"train/loss": "loss", "train/accuracy": "accuracy"}
 SFT_CURVES = {"train/loss": "cross-entropy"}
+STEPS = {
+    "ppo": ("PPO", "Against tokens learned from.", PPO_CURVES),
+    "reward_model": ("Reward model", "Against pairs.", REWARD_CURVES),
+    "sft": ("SFT", "Against tokens.", SFT_CURVES),
+}
+"""The folder of a step's log, its heading, what its curves are drawn against, and which they are."""
 
 
 def compare(prompts: Sequence[str], before: Rollout, after: Rollout) -> dict[str, Any]:
@@ -67,13 +79,69 @@ def compare(prompts: Sequence[str], before: Rollout, after: Rollout) -> dict[str
     }
 
 
-def sections(out: dict[str, Any], logs: Path) -> list[Section]:
-    """The parts of the page.
+def write_page(folder: Path, out: Mapping[str, Any]) -> str:
+    """Writes the page of a run.
 
     Args:
-        out: `report.json`.
-        logs: the folder with a log of each step.
+        folder: of the run, with a log of each step.
+        out: what `report.json` holds; of a run that has not ended only "config".
+
+    Returns:
+        the figures, for the terminal.
+
+    Raises:
+        InputError: where a log is not as a step writes it.
+        OSError: where the page cannot be written.
     """
+    steps = [step for step in learned(folder / LOGS) if step.curves]
+    ended = "before" in out
+    if not steps and not ended:
+        raise InputError(f"run {str(folder)!r} has nothing to show yet: no step in {folder / LOGS} has logged anything")
+    about = out["model"] if ended else "Not finished: no figures yet, only what its steps have logged."
+    sections = [*(compared(out) if ended else []), *steps, settings(out["config"])]
+    said = summary(out) if ended else unfinished(steps)
+    write_report(folder / PAGE, "RLHF on movie reviews", about, sections)
+    return f"{said}; see {folder / PAGE}"
+
+
+def is_rlhf(folder: Path) -> bool:
+    """Whether a folder is that of an RLHF run, and not of `textrl train`."""
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        run = None
+    return (folder / REPORT).exists() or (isinstance(run, dict) and "seconds" in run)
+
+
+def report_rlhf(folder: Path) -> str:
+    """Writes the page of a run again, from its `report.json` or, if it has not ended, from its settings and logs.
+
+    Returns:
+        the figures, for the terminal.
+
+    Raises:
+        ValueError: where these are not what a run wrote.
+    """
+    file = folder / (REPORT if (folder / REPORT).exists() else RUN)
+    try:
+        return write_page(folder, json.loads(file.read_text(encoding="utf-8")))
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{str(file)!r} is not what textrl rlhf wrote ({said})") from None
+
+
+def learned(logs: Path) -> list[Section]:
+    """The curves of the steps; none for a step that has not begun."""
+    return [
+        Section(title, text, curves=curves(logs / name / PROGRESS, shown))
+        for name, (title, text, shown) in STEPS.items()
+    ]
+
+
+def compared(out: Mapping[str, Any]) -> list[Section]:
+    """What the end of a run, `report.json`, says about the policies and the reward model."""
     rows = [(name, f"{out['before'][key]:.3f}", f"{out['after'][key]:.3f}") for key, name in MEASURES.items()]
     samples = [(s["prompt"], s["before"], s["after"]) for s in out["samples"]]
     reward = out["reward_model"]
@@ -98,23 +166,28 @@ def sections(out: dict[str, Any], logs: Path) -> list[Section]:
             f" reward model agrees with the mean of the raters on {reward['accuracy']:.1%}; one person drawn at random"
             f" agrees with the mean of the others on {reward['human_ceiling']:.1%}.",
         ),
-        Section("PPO", "Against tokens learned from.", curves=curves(logs / "ppo" / "progress.csv", PPO_CURVES)),
-        Section("Reward model", "Against pairs.", curves=curves(logs / "reward_model" / "progress.csv", REWARD_CURVES)),
-        Section("SFT", "Against tokens.", curves=curves(logs / "sft" / "progress.csv", SFT_CURVES)),
     ]
 
 
-def print_summary(out: dict[str, Any], folder: Path) -> None:
-    """The report's figures, on the terminal."""
+def summary(out: Mapping[str, Any]) -> str:
+    """The figures of a run that has ended."""
     reward, before, after = out["reward_model"], out["before"], out["after"]
-    print(
-        f"\nreward model: {reward['accuracy']:.1%} of {reward['pairs']} held-out pairs"
-        f" (one person: {reward['human_ceiling']:.1%})"
-    )
-    print(f"{'':<34}{'SFT':>9}{'PPO':>9}")
-    for key, name in MEASURES.items():
-        print(f"{name:<34}{before[key]:>9.3f}{after[key]:>9.3f}")
+    lines = [
+        "",
+        f"reward model: {reward['accuracy']:.1%} of {reward['pairs']:d} held-out pairs"
+        f" (one person: {reward['human_ceiling']:.1%})",
+        f"{'':<34}{'SFT':>9}{'PPO':>9}",
+    ]
+    lines += [f"{name:<34}{before[key]:>9.3f}{after[key]:>9.3f}" for key, name in MEASURES.items()]
     for sample in out["samples"]:
-        print(f"\n{visible(sample['prompt'])} ...")
-        print(f"  SFT: {visible(sample['before'])}\n  PPO: {visible(sample['after'])}")
-    print(f"\nall steps took {out['seconds']['all']:.0f} s; see {folder / 'report.html'} and {folder / 'report.json'}")
+        lines += ["", f"{visible(sample['prompt'])} ..."]
+        lines += [f"  SFT: {visible(sample['before'])}", f"  PPO: {visible(sample['after'])}"]
+    return "\n".join([*lines, "", f"all steps took {out['seconds']['all']:.0f} s"])
+
+
+def unfinished(steps: Sequence[Section]) -> str:
+    """The last figures of the steps of a run that has not ended."""
+    lines = [
+        f"{step.title + ', ' + name:<34}{y[-1]:>9.3f}  at {x[-1]:.0f}" for step in steps for name, x, y in step.curves
+    ]
+    return "\n".join(["", *lines, "", "the run has not finished"])

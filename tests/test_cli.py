@@ -83,6 +83,13 @@ BAD = {
         "no/such/folder",
     ],
     "model 'no/such' is neither a folder nor a hub name in reach": ["train", "ppo", *COPY, "--model", "no/such"],
+    "reference must be a folder that exists, or a hub name; got 'no/such/folder'": [
+        "train",
+        "ppo",
+        *COPY,
+        "--reference",
+        "no/such/folder",
+    ],
     "kl_coef=0.1 needs a reference": ["train", "ppo", *COPY, "--kl-coef", "0.1"],
     "--total-timesteps must be at least 1; got 0": ["train", "ppo", *COPY, "--total-timesteps", "0"],
     "--env-arg must be NAME=VALUE; got 'length'": ["train", "ppo", *COPY, "--env-arg", "length"],

@@ -206,7 +206,7 @@ def test_masks_are_checked(mask):
         ({"kl_coef": 0.1}, "reference"),
         ({"temperature": 0}, "temperature"),
         ({"render_mode": "film"}, "render_mode"),
-        ({"reference": torch.nn.Linear(2, 2)}, "model must be a transformers PreTrainedModel"),
+        ({"reference": torch.nn.Linear(2, 2)}, "reference must be a transformers PreTrainedModel"),
     ],
 )
 def test_wrong_arguments(kwargs, named):

@@ -166,6 +166,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         collect(env, model, 0, tmp_path / "a")
     with pytest.raises(ValueError, match="there is none at"):
         open_dataset(tmp_path / "nowhere")
+    (tmp_path / "p.txt").touch()
+    with pytest.raises(ValueError, match=r"or a file that ends in one of .json, .*p.txt', a file of another kind$"):
+        as_episodes(tmp_path / "p.txt", Vowels(), torch.device("cpu"))
     none = collect(env, model, 1, tmp_path / "b").filter_episodes(lambda episode: False)
     with pytest.raises(ValueError, match="dataset must be one with episodes"):
         read_episodes(none)

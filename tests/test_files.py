@@ -13,7 +13,7 @@ import pytest
 import textrl
 from textrl.agents import BPO, DPO, SFT
 from textrl.envs.text import Text
-from textrl.files import LISTED, InputError, SkippedRows, read_rows
+from textrl.files import LISTED, InputError, SkippedRows, prompt_rows, read_rows
 
 ROWS = [{"prompt": "a b", "completion": "c"}, {"prompt": "naïve 日本", "completion": 'line\nbreak "quoted", comma'}]
 
@@ -166,15 +166,35 @@ def test_parquet_faults(tmp_path: Path) -> None:
 
 def test_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "there.txt").touch()
     for name, message in {
         "absent.jsonl": "file must be a file that exists; got",
         "folder.jsonl": "folder.jsonl', a folder",
-        "x.txt": "file must end in one of .json, .jsonl, .csv, .parquet; got",
+        "x.txt": "must be a file that ends in one of .json, .jsonl, .csv, .parquet; got .*x.txt', and no such file",
+        "there.txt": "there.txt', a file of another kind",
         "a\0b.jsonl": "must be a file that exists",
         "x" * 400 + ".jsonl": "cannot be read: File name too long",
     }.items():
         with pytest.raises(InputError, match=message):
             read_rows(tmp_path / name)
+
+
+def test_prompts_that_are_one_name_say_what_is_taken_and_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").touch()
+    kinds = ".json, .jsonl, .csv, .parquet"
+    taken = f"prompts must be a list of texts, a dataset or a file that ends in one of {kinds}; got "
+    for name, there in {
+        str(tmp_path / "p.txt"): "a file of another kind",
+        str(tmp_path): "a folder",
+        "The movie was": "and no such file",
+        "x" * 5000: "and no such file",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            prompt_rows(name, False)
+        assert str(caught.value).startswith(taken)
+        assert str(caught.value).endswith(f", {there}")
+    with pytest.raises(InputError, match=r"prompts must be a file that exists; got 'absent.jsonl'$"):
+        prompt_rows("absent.jsonl", False)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files")

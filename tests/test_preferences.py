@@ -124,6 +124,7 @@ def test_sources(tmp_path: Path) -> None:
         ([{"chosen": [{"role": "user"}], "rejected": [USER]}], "row 0, column 'chosen' must be messages"),
         ([{"chosen": [say("a"), USER], "rejected": [say("b"), USER]}], "column 'chosen' must end with one message of"),
         ("nowhere.jsonl", "data must be a file that exists; got 'nowhere.jsonl'"),
+        (__file__, r"a file that ends in one of .json, .*; got '.*.py', a file of another kind$"),
         (7, "data must be a datasets.Dataset"),
     ],
 )

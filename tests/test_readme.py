@@ -64,7 +64,9 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
     task.tokenizer.save_pretrained(tmp_path / "M")
     block = re.search(r"```bash\n(textrl envs.*?)```", README, re.DOTALL)[1]
     commands = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
-    assert [command[0] for command in commands] == "envs agents train evaluate play collect ope doctor rlhf".split()
+    assert [
+        command[0] for command in commands
+    ] == "envs agents train evaluate report play collect ope doctor rlhf".split()
     smaller = {"50000": "500", "1000": "20"}
     for command in commands[:-1]:
         if command[0] == "ope":

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
+from textrl import cli
+
 END = "<|endoftext|>"
 GOOD, BAD = ["fine", "lovely", "great", "superb"], ["dull", "awful", "weak", "boring"]
 
@@ -86,6 +88,10 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a
     assert report["before"]["kl"] == pytest.approx(0, abs=1e-3)
     assert len(report["samples"]) == 8
     assert all(sample["prompt"] in (run / "report.html").read_text() for sample in report["samples"])
+    page = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == page, "textrl report writes the same page again"
     AutoModelForCausalLM.from_pretrained(run / "sft")
     AutoModelForCausalLM.from_pretrained(run / "ppo")
     assert AutoModelForSequenceClassification.from_pretrained(run / "reward_model").config.num_labels == 1

@@ -1,4 +1,4 @@
-"""The command line: `textrl envs | agents | train | evaluate | collect | ope | play | doctor | rlhf`."""
+"""The command line: `textrl envs | agents | train | evaluate | report | collect | ope | play | doctor | rlhf`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from . import logged
 from .checkup import doctor_parser
 from .config import make_config
 from .files import is_file_name
-from .flags import RUN, Parser, agent_class, check_env_id, finished_run, parse_config, parse_env_args, read_run
+from .flags import (
+    FINAL,
+    RUN,
+    USER_ERRORS,
+    Parser,
+    agent_class,
+    check_env_id,
+    finished_run,
+    parse_config,
+    parse_env_args,
+    read_run,
+)
 from .listing import list_agents, list_envs
 from .play import play_parser
 from .render import escape
@@ -45,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=12345, help="of prompts and samples (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=evaluate_run)
+    report = commands.add_parser("report", help="write RUN/report.html, the page of a run, and print its main figures")
+    report.add_argument("folder", metavar="RUN", help="the --log-dir of a run, of train or of rlhf")
+    report.set_defaults(run=report_run)
     logged.add_parsers(commands)
     play_parser(commands)
     doctor_parser(commands)
@@ -59,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
             code = options.run(options)
-    except (ValueError, OSError, gym.error.Error, ImportError) as error:
+    except USER_ERRORS as error:
         sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2
     except KeyboardInterrupt as error:
@@ -149,7 +163,7 @@ def train_agent(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     name = id.split("/")[-1].lower()
     folder = Path(options.log_dir or f"runs/{name}-{cls.__name__.lower()}-{config.seed}")
-    if (folder / "final").exists() or (folder / RUN).exists():
+    if (folder / FINAL).exists() or (folder / RUN).exists():
         raise ValueError(
             f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
         )
@@ -196,14 +210,14 @@ def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> 
         keep=run["keep"],
         resume=True,
     )
-    agent.save(folder / "final")
-    print(f"saved {folder / 'final'}; textrl evaluate {folder} scores it")
+    agent.save(folder / FINAL)
+    print(f"saved {folder / FINAL}; textrl evaluate {folder} scores it")
 
 
 def resume_run(folder: Path, quiet: bool) -> None:
     """Goes on with a run that was stopped."""
     run = read_run("--resume", folder)
-    if (folder / "final").is_dir():
+    if (folder / FINAL).is_dir():
         print(f"{folder} is finished; textrl evaluate {folder} scores it")
         return
     finish_run(make_agent(run), run, folder, quiet)
@@ -221,7 +235,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    agent = trained_agent(folder, finished_run("RUN", folder), options.seed)
+    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed)
     with few_threads(agent.model):
         rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
@@ -235,6 +249,19 @@ def evaluate_run(options: argparse.Namespace) -> None:
         return
     for key, value in out.items():
         print(f"{key:<22} {value:.4g}")
+
+
+# ---- report --------------------------------------------------------------------------------------------------
+
+
+def report_run(options: argparse.Namespace) -> None:
+    """Writes the page of a run from what lies in its folder, and prints the main figures."""
+    from textrl.agents.rlhf_report import is_rlhf, report_rlhf
+
+    from .run_report import report_training
+
+    folder = Path(options.folder)
+    print(report_rlhf(folder) if is_rlhf(folder) else report_training(folder))
 
 
 # ---- rlhf ----------------------------------------------------------------------------------------------------

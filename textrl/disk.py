@@ -24,11 +24,20 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON beside and then renames it: the file is there whole or as it was."""
+    """Writes JSON; the file is there whole or as it was."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text beside and then renames it: the file is there whole or as it was.
+
+    Raises:
+        OSError: naming the file.
+    """
     part = file.with_name(file.name + ".part")
     try:
         with writing(file):
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
             sync(part)
             part.replace(file)
     finally:

@@ -9,6 +9,7 @@ of the dataset, under `textrl`, the KL coefficient, the temperature, the end tok
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from .agent import check
 from .env import TextEnv
-from .files import Rows, all_or_none, dataset_rows, is_file_name, number_of, read_rows
+from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, number_of, read_rows
+from .formats import FILE_OF_ROWS
 from .offline import example_ids, given_rollout
 from .policy import CausalPolicy
 from .rollout import Rollout, batched_logprobs, pad_responses
@@ -107,6 +109,8 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     """
     if isinstance(source, Rollout):
         return on_device(source, device)
+    if isinstance(source, (str, Path)) and not is_file_name(source) and os.path.isfile(source):
+        raise InputError(f"dataset must be a Minari dataset's folder or id, or {FILE_OF_ROWS}; got {found_at(source)}")
     if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":
         return read_episodes(source, task, device)
     rows = dataset_rows(source, read_logged)

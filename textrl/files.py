@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from .formats import READERS, Broken, Row
+from .formats import FILE_OF_ROWS, READERS, Broken, Row
 from .scores import shorten
 
 T = TypeVar("T")
@@ -182,6 +183,14 @@ def is_file_name(data: Any) -> bool:
     return isinstance(data, (str, Path)) and Path(data).suffix.lower() in READERS
 
 
+def found_at(name: str | Path) -> str:
+    """A name that should be that of a file of rows, and what there is of that name."""
+    what = "a folder" if os.path.isdir(name) else "and no such file"
+    if os.path.isfile(name):
+        what = "a file of another kind"
+    return f"{shorten(str(name), 300)}, {what}"
+
+
 def read_rows(
     file: str | Path,
     texts: Sequence[str] = (),
@@ -208,7 +217,7 @@ def read_rows(
     reader = READERS.get(path.suffix.lower())
     shown = shorten(str(path), 300)
     if reader is None:
-        raise InputError(f"{called} must end in one of {', '.join(READERS)}; got {shown}")
+        raise InputError(f"{called} must be {FILE_OF_ROWS}; got {found_at(path)}")
     name = str(path) if str(path).isprintable() else ascii(str(path))
     rows, places, faults = [], [], []
     try:
@@ -247,8 +256,10 @@ def prompt_rows(prompts: Any, skip_bad_rows: bool) -> Rows:
                 f"{rows.source}: {len(repeated)} of {len(rows)} rows repeat another (it is drawn more often)", repeated
             )
         return rows
+    if isinstance(prompts, (str, Path)):
+        raise ValueError(f"prompts must be a list of texts, a dataset or {FILE_OF_ROWS}; got {found_at(prompts)}")
     ordered = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
-    if isinstance(prompts, (str, bytes, Path, Mapping)) or not ordered:
+    if isinstance(prompts, (bytes, Mapping)) or not ordered:
         raise ValueError(f"prompts must be a list of texts, a dataset or a file of them; got {shorten(prompts)}")
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:

@@ -15,13 +15,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import gymnasium as gym
+
 from .registration import registered
 
 if TYPE_CHECKING:
     from .agent import Agent
 
-RUN = "run.json"
-"""In a run's folder: which agent, environment and seed it was."""
+RUN, FINAL = "run.json", "final"
+"""In a run's folder: which agent, environment and seed it was; the agent at the end."""
+USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError)
+"""What is raised where something that a user gave is wrong, or is not there."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,8 +123,9 @@ def read_run(called: str, folder: Path) -> dict[str, Any]:
     """
     try:
         run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder)!r} has no {RUN}") from None
+    except (OSError, ValueError) as error:
+        what = f"{str(folder)!r} has no {RUN}" if isinstance(error, OSError) else f"{str(folder / RUN)!r} is no JSON"
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {what}") from None
     kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
     whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
     if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
@@ -129,14 +134,14 @@ def read_run(called: str, folder: Path) -> dict[str, Any]:
 
 
 def finished_run(called: str, folder: Path) -> dict[str, Any]:
-    """The same of a run that has ended: its agent lies in `folder / "final"`.
+    """The same of a run that has ended: its agent lies in `folder / FINAL`.
 
     Raises:
         ValueError: for one that has not.
     """
     run = read_run(called, folder)
-    if not (folder / "final").is_dir():
-        raise ValueError(f"run {str(folder)!r} has no agent in {folder / 'final'}: it did not end")
+    if not (folder / FINAL).is_dir():
+        raise ValueError(f"run {str(folder)!r} has no agent in {folder / FINAL}: it did not end")
     return run
 
 

@@ -273,3 +273,4 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Found]] = {
     ".csv": csv_records,
     ".parquet": parquet_rows,
 }
+FILE_OF_ROWS = f"a file that ends in one of {', '.join(READERS)}"

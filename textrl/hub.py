@@ -22,8 +22,11 @@ def check_source(name: str, what: str) -> None:
 
     if Path(name).is_dir():
         return
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or not name:
-        raise ValueError(f"{what} must be a folder that exists, or a hub name; got {name!r}")
+    file = Path(name).is_file()
+    if file or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or not name:
+        raise ValueError(
+            f"{what} must be a folder that exists, or a hub name; got {name!r}{', a file' if file else ''}"
+        )
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, finished_run, parse_env_args
+from .flags import FINAL, check_env_id, finished_run, parse_env_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | s
             raise ValueError(f"--{name.replace('_', '-')} goes with --env; a RUN has its own")
     folder = Path(options.folder)
     run = finished_run("RUN", folder)
-    return gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"]), str(folder / "final")
+    return gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"]), str(folder / FINAL)
 
 
 def collect_episodes(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .disk import writing
+from .files import InputError
+from .scores import shorten
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PROGRESS = "progress.csv"
-ITERATION = "time/iteration"
+ITERATION, TIMESTEPS = "time/iteration", "time/timesteps"
 COLUMNS = {
     "score": "rollout/score",
     "return": "rollout/return",
@@ -92,6 +95,33 @@ def read_progress(file: Path) -> list[dict[str, str]]:
     text = file.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     return list(csv.DictReader(whole.splitlines()))
+
+
+def read_numbers(file: Path, x: str = TIMESTEPS) -> list[dict[str, float]]:
+    """The same as numbers; a row holds the columns that have one in it, and always `x`.
+
+    Raises:
+        InputError: naming file, line and column of what is not as a run writes it.
+    """
+    try:
+        rows = read_progress(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file} must be a CSV file of numbers, in UTF-8; {error}") from None
+    return [_numbers(f"{file}, line {line}", row, x) for line, row in enumerate(rows, 2)]
+
+
+def _numbers(place: str, row: dict[str, str], x: str) -> dict[str, float]:
+    if None in row or None in row.values():
+        raise InputError(f"{place}, must have as many cells as the header; got {'more' if None in row else 'fewer'}")
+    found: dict[str, float] = {}
+    for name, cell in row.items():
+        try:
+            found |= {name: float(cell)} if cell else {}
+        except ValueError:
+            raise InputError(f"{place}, column {name!r} must be a number; got {shorten(cell)}") from None
+    if not math.isfinite(found.get(x, math.nan)):
+        raise InputError(f"{place}, column {x!r} must be a finite number; got {shorten(row.get(x))}")
+    return found
 
 
 def written(value: Any) -> str:
@@ -173,7 +203,7 @@ class RunLog:
         """
         if self.file is not None and self.board is not None:
             numbers = {key: value for key, value in metrics.items() if not key.startswith("time/")}
-            self.file.write({ITERATION: iteration, "time/timesteps": timesteps, **numbers})
+            self.file.write({ITERATION: iteration, TIMESTEPS: timesteps, **numbers})
             for key, value in {ITERATION: iteration, **metrics}.items():
                 self.board.add_scalar(key, value, timesteps)  # type: ignore[no-untyped-call]
             self.board.flush()  # type: ignore[no-untyped-call]

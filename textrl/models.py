@@ -105,6 +105,7 @@ def load_model(
     frozen: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    called: str = "model",
 ) -> PreTrainedModel:
     """A causal language model from a `PreTrainedModel`, a folder or a hub name, without dropout.
 
@@ -114,15 +115,18 @@ def load_model(
         frozen: no parameter requires a gradient.
         dtype: None keeps the dtype of the weights.
         device: None leaves the model where it is.
+        called: the argument that it is, for messages.
 
     Raises:
         ValueError: for a folder or name that holds no causal language model, or a vocabulary too small.
     """
     model = plain_module(model)
     if isinstance(model, (str, Path)):
-        model = _from_pretrained(str(model), dtype)
+        model = _from_pretrained(str(model), dtype, called)
     elif not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, a folder or a hub name; got {shorten(model)}")
+        raise ValueError(
+            f"{called} must be a transformers PreTrainedModel, a folder or a hub name; got {shorten(model)}"
+        )
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model = without_dropout(model).to(device=device, dtype=dtype)
@@ -131,11 +135,11 @@ def load_model(
     return model
 
 
-def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTrainedModel:
     from .checkpoint import verify_if_ours
 
     register_tabular()
-    check_source(name, "model")
+    check_source(name, called)
     verify_if_ours(Path(name))
     if (Path(name) / CONFIG).is_file():
         return load_adapted(Path(name))
@@ -143,7 +147,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {name!r} holds no causal language model ({first})") from None
+        raise ValueError(f"{called} {name!r} holds no causal language model ({first})") from None
 
 
 def longest_text(model: PreTrainedModel) -> int:

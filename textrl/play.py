@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import gymnasium as gym
 
 from .config import check
-from .flags import check_env_id, finished_run, nearest, parse_env_args
+from .flags import FINAL, check_env_id, finished_run, nearest, parse_env_args
 from .render import token_texts
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     if run is None:
         agent = Agent(env, options.model, seed=options.seed)
     else:
-        agent = trained_agent(Path(options.folder), run, options.seed, critic=True)
+        agent = trained_agent(Path(options.folder) / FINAL, run, options.seed, critic=True)
         size = agent.task.vocab_size
         check("--run", options.folder, size == env.task.vocab_size, f"of an agent with {env.task.vocab_size} tokens")
     env.policy, env.value = agent.stepper, state_values(agent)

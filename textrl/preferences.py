@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import InputError, Rows, check_text, is_file_name, read_rows, warn
-from .formats import READERS
+from .files import InputError, Rows, check_text, found_at, is_file_name, read_rows, warn
+from .formats import FILE_OF_ROWS
 from .scores import shorten
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _LABELLED = {  # two answers and a label: the columns, and which label says that
     ("response_0", "response_1", "better_response_id"): 0,  # PKU-SafeRLHF
 }
 _NUMBERS = tuple(label for *_, label in _LABELLED)
+_SOURCES = f"data must be {FILE_OF_ROWS}, a folder that save_to_disk wrote, or the name of a hub dataset in reach"
 
 
 def read_preferences(
@@ -136,6 +137,8 @@ def _load(data: Any, split: str, skip: bool) -> Rows:
         path = Path(data)
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             data = load_from_disk(os.fspath(path))
+        elif path.is_file():
+            raise InputError(f"{_SOURCES}; got {found_at(path)}")
         else:
             data = _from_hub(str(data), split)
     if isinstance(data, DatasetDict):
@@ -155,10 +158,7 @@ def _from_hub(name: str, split: str) -> Dataset:
         return load_dataset(name, split=split)
     except Exception as error:  # whatever the loader and the network may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"data must be a file that ends in one of {', '.join(READERS)}, a folder that save_to_disk wrote, or the"
-            f" name of a hub dataset in reach; got {name!r} ({reason})"
-        ) from None
+        raise InputError(f"{_SOURCES}; got {found_at(name)} ({reason})") from None
 
 
 def _answers(source: str, names: set[str]) -> tuple[str, str, str | None]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from .disk import write_text
+from .logging import TIMESTEPS, read_numbers
+
+PAGE = "report.html"
+"""The page's name in a run's folder."""
+POINTS = 600
+"""A curve is drawn with about so many points at most: two for every pixel across."""
+LONGEST = 300
+"""Characters of a setting that are shown."""
 
 Curve = tuple[str, list[float], list[float]]
 """Title, x, y."""
@@ -40,6 +51,9 @@ def write_report(file: Path, title: str, summary: str, sections: Sequence[Sectio
         title: of the page.
         summary: one sentence below it.
         sections: in order. Control characters in their texts are shown as their pictures, markup as text.
+
+    Raises:
+        OSError: where it cannot be written; what stood there before is as it was.
     """
     from jinja2 import Environment
 
@@ -47,9 +61,7 @@ def write_report(file: Path, title: str, summary: str, sections: Sequence[Sectio
     page.filters["visible"] = visible
     page.globals["drawing"] = Drawing
     template = page.from_string((files("textrl") / "report.html").read_text(encoding="utf-8"))
-    part = file.with_name(file.name + ".part")
-    part.write_text(template.render(title=title, summary=summary, sections=sections), encoding="utf-8")
-    part.replace(file)
+    write_text(file, template.render(title=title, summary=summary, sections=sections))
 
 
 class Drawing:
@@ -58,35 +70,56 @@ class Drawing:
     def __init__(self, name: str, x: list[float], y: list[float]) -> None:
         low, high = min(y), max(y)
         if high - low < 1e-9:
-            low, high = low - 0.5, high + 0.5
+            margin = max(0.5, abs(high) / 2)
+            low, high = low - margin, high + margin
         across = max(x[-1] - x[0], 1e-9)
         self.name = name
         self.low, self.high = f"{low:.3g}", f"{high:.3g}"
         self.first, self.end = f"{x[0]:.0f}", f"{x[-1]:.0f}"
         self.last = f"{y[-1]:.3g}"
-        right = [44 + 264 * (a - x[0]) / across for a in x]
+        right = [62 + 246 * (a - x[0]) / across for a in x]
         down = [148 - 118 * (b - low) / (high - low) for b in y]
         places = list(zip(right, down, strict=True))
-        self.points = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        self.points = " ".join(f"{a:.1f},{b:.1f}" for a, b in outline(places))
         self.dot = places[-1]
 
 
-def curves(progress: Path, names: Mapping[str, str], x: str = "time/timesteps") -> list[Curve]:
+def outline(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of a curve; of a long one the lowest and the highest of every stretch, and the last."""
+    if len(places) <= POINTS:
+        return places
+    stretch = -(-2 * len(places) // POINTS)
+    out = []
+    for i in range(0, len(places), stretch):
+        part = sorted(places[i : i + stretch], key=lambda place: place[1])
+        out += sorted([part[0], part[-1]])
+    return [*out, places[-1]]
+
+
+def settings(values: Mapping[str, Any]) -> Section:
+    """The settings of a run as a part of its page."""
+    rows = []
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+        rows.append((name, text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."))
+    return Section("Settings", header=("", "value"), rows=rows)
+
+
+def curves(progress: Path, names: Mapping[str, str], x: str = TIMESTEPS) -> list[Curve]:
     """The named columns of a run's `progress.csv` that are there, each as (title, x, y).
 
     Args:
         progress: the file.
         names: column -> title.
         x: the column of the x axis.
+
+    Raises:
+        InputError: for a file that no run wrote.
     """
-    if not progress.is_file():
-        return []
-    with progress.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_numbers(progress, x)
     out = []
     for column, title in names.items():
-        points = [(float(row[x]), float(row[column])) for row in rows if row.get(column)]
-        points = [(a, b) for a, b in points if math.isfinite(b)]
+        points = [(row[x], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
         if points:
             out.append((title, [a for a, _ in points], [b for _, b in points]))
     return out

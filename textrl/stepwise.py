@@ -105,6 +105,6 @@ def check_positions(name: str, model: PreTrainedModel, task: Task) -> None:
 
 def frozen_reference(reference: PreTrainedModel | str | Path, task: Task) -> tuple[PreTrainedModel, StepwiseLM]:
     """An environment's reference model, frozen, and the stepper that asks it."""
-    model = load_model(reference, task.tokenizer, frozen=True)
+    model = load_model(reference, task.tokenizer, frozen=True, called="reference")
     check_positions("reference", model, task)
     return model, StepwiseLM(CausalPolicy(model, task.vocab_size), task.vocab_size)

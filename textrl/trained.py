@@ -1,4 +1,4 @@
-"""The agent that a `textrl train` left in its folder."""
+"""An agent that a `textrl train` left in its folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .checkpoint import verify
 from .flags import agent_class, check_env_id
 
 
-def trained_agent(folder: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
-    """The policy of a finished run, under the plain `Agent`: what an agent needs only to learn is left on disk.
+def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
+    """The policy of a run, under the plain `Agent`: what an agent needs only to learn is left on disk.
 
     Args:
-        folder: of the run.
-        run: what `finished_run` says of it.
+        final: where it was saved, in the run's folder.
+        run: what `read_run` says of the run.
         seed: of prompts and samples.
         critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
     """
-    cls, final = agent_class(run["agent"]), folder / "final"
+    cls = agent_class(run["agent"])
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
     manifest = verify(final)
     if critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"]):
