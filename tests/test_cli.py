@@ -127,3 +127,17 @@ def test_wrong_usage_exits_with_2_and_one_line(arguments, capsys):
         code = exit.code
     assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_of_relative_paths_is_loaded_from_anywhere(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    env = ["--env", "textrl/Text-v0", "--prompts", "p.jsonl", "--env-arg", "max_new_tokens=3"]
+    first = ["train", "reinforce", *env, "--batch-size", "4", "--total-timesteps", "10", "--quiet"]
+    assert run(capsys, *first, "--log-dir", "one")[0] == 0
+    given = ["--model", "one/final", "--reference", "one/final"]
+    assert run(capsys, *first, *given, "--log-dir", "two")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, out, err = run(capsys, "evaluate", str(tmp_path / "two"))
+    assert (code, err) == (0, "") and "score" in out

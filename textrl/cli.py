@@ -157,7 +157,7 @@ def train_agent(options: argparse.Namespace) -> None:
         raise ValueError("--env is missing; textrl envs lists the environments")
     id, kwargs = check_env_id(options.env), parse_env_args(options.env_arg)
     if options.prompts is not None:
-        kwargs |= {"prompts": options.prompts, "skip_bad_rows": options.skip_bad_rows}
+        kwargs |= {"prompts": named(options.prompts), "skip_bad_rows": options.skip_bad_rows}
     for name in ("total_timesteps", "checkpoint_every", "keep"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
@@ -170,10 +170,10 @@ def train_agent(options: argparse.Namespace) -> None:
     run = {
         "agent": options.agent,
         "env": options.env,
-        "env_kwargs": {**kwargs, "reference": options.reference, "kl_coef": options.kl_coef},
+        "env_kwargs": {**kwargs, "reference": named(options.reference), "kl_coef": options.kl_coef},
         "seed": config.seed,
         "config": dataclasses.asdict(config),
-        "model": options.model,
+        "model": named(options.model),
         "dataset": named(options.dataset),
         "skip_bad_rows": options.skip_bad_rows,
         "total_timesteps": options.total_timesteps,
@@ -186,9 +186,9 @@ def train_agent(options: argparse.Namespace) -> None:
     finish_run(agent, run, folder, options.quiet)
 
 
-def named(dataset: str | None) -> str | None:
-    """A file or folder by its whole path, so that a run can be resumed from anywhere; a Minari id as it is."""
-    return str(Path(dataset).resolve()) if dataset and (Path(dataset).exists() or is_file_name(dataset)) else dataset
+def named(given: str | None) -> str | None:
+    """A file or folder by its whole path, so that a run can be resumed from anywhere; an id or a hub name as it is."""
+    return str(Path(given).resolve()) if given and (Path(given).exists() or is_file_name(given)) else given
 
 
 def make_agent(run: dict[str, Any]) -> Agent:
