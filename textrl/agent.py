@@ -23,10 +23,11 @@ from .failures import ask_as_configured
 from .files import read_rows
 from .generation import Sampling
 from .loop import Callback
-from .memory import halving
+from .memory import Loss as Loss
+from .memory import accumulate_gradients, halving
 from .optim import Optimizer
 from .policy import CausalPolicy, pick_device, recompute_blocks, trainable
-from .rollout import Rollout, microbatches
+from .rollout import Rollout
 from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
@@ -37,9 +38,6 @@ from .trunk import frozen_blocks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
-"""A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
 
 
 class Agent:
@@ -174,20 +172,9 @@ class Agent:
             the numbers, averaged likewise, and `loss` and `grad_norm`.
         """
         check("mean_over", mean_over, mean_over in ("tokens", "groups"), '"tokens" or "groups"')
-        by_group = mean_over == "groups"
-        size = batch.group_size if by_group else 1
-        total = len(batch) if by_group else max(1, batch.num_tokens)
 
         def accumulate(tokens_at_once: int) -> dict[str, float]:
-            out: dict[str, float] = {}
-            for part in microbatches(batch, tokens_at_once, size):
-                piece = batch.select(part, size)
-                share = (len(piece) if by_group else piece.num_tokens) / total
-                value, numbers = loss(piece)
-                torch.autograd.backward(value * share)
-                for key, number in {"loss": value, **numbers}.items():
-                    out[key] = out.get(key, 0.0) + float(number.detach()) * share
-            return out
+            return accumulate_gradients(loss, batch, tokens_at_once, mean_over == "groups")
 
         limit = self.config.max_tokens_per_microbatch
         if self.halved:

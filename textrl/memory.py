@@ -1,4 +1,4 @@
-"""What to do when an allocation fails: halve the microbatch once, then say which options to turn."""
+"""Gradients in bounded memory; when an allocation fails, half as many tokens at once, then which options to turn."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from .batch import Rollout, microbatches
 from .config import AgentConfig
+
+Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
+"""A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
 
 
 class OutOfMemory(ValueError):
@@ -20,6 +25,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_group: bool = False) -> dict[str, float]:
+    """Adds the gradients of the mean loss over a batch, a microbatch at a time.
+
+    Args:
+        loss: as `Agent.minimise` takes it.
+        batch: the episodes.
+        tokens_at_once: bound on the tokens of a microbatch.
+        by_group: the mean is over groups of `batch.group_size` episodes, which stay whole; else over tokens.
+
+    Returns:
+        the mean loss and its numbers.
+    """
+    size = batch.group_size if by_group else 1
+    total = len(batch) if by_group else max(1, batch.num_tokens)
+    out: dict[str, float] = {}
+    for part in microbatches(batch, tokens_at_once, size):
+        piece = batch.select(part, size)
+        share = (len(piece) if by_group else piece.num_tokens) / total
+        value, numbers = loss(piece)
+        torch.autograd.backward(value * share)
+        for key, number in {"loss": value, **numbers}.items():
+            out[key] = out.get(key, 0.0) + float(number.detach()) * share
+    return out
 
 
 def halving(
