@@ -17,7 +17,7 @@ from .policy import CausalPolicy
 from .rollout import Rollout, sample_episodes
 
 EPISODES = 16
-SMALL, FEW = 2_000_000, 2
+SMALL, FEW = 2_000_000, 4
 """A model of more parameters steps through so few episodes: each token costs a forward."""
 LONGEST = 24
 """Responses are cut at so many tokens: what is looked for shows in the first ones, and a check takes seconds."""
@@ -89,18 +89,16 @@ class Patient:
                 rewards[-1] -= float(info["score"])
             yield rewards, info, len(rewards) < n
 
+    def largest(self, difference: Tensor) -> float:
+        """The largest of (B, T) numbers in size, at the agent's tokens."""
+        return float((difference * self.rollout.action_mask).abs().max())
+
     def apart(self, difference: Tensor) -> float:
-        """How far two ways to the same (n,) numbers are apart, to be held against `near`.
+        """How far (n,) numbers are from those of another forward, to be held against `near`.
 
-        The largest difference; below float32, where single logits are rounded to a quarter, the mean one.
+        The largest difference; below float32, where the two round single logits differently, the mean one.
         """
-        if not difference.numel():
-            return 0.0
         return float(difference.abs().max() if self.exact else difference.abs().mean())
-
-    def off(self, difference: Tensor) -> float:
-        """`apart` of (B, T) numbers at the agent's tokens."""
-        return self.apart(difference[self.rollout.action_mask])
 
 
 def _single(agent: Agent) -> TextEnv:
