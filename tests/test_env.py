@@ -272,5 +272,5 @@ def test_large_alphabets_do_not_list_every_prompt():
 @pytest.mark.parametrize("kind", [GPT2Model, GPT2ForSequenceClassification])
 def test_a_reference_without_next_token_logits_is_refused(kind):
     config = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
-    with pytest.raises(ValueError, match=f"must be a causal language model.*{kind.__name__} gives"):
+    with pytest.raises(ValueError, match=f"reference must be a causal language model.*{kind.__name__} gives"):
         gym.make("textrl/Copy-v0", reference=kind(config), kl_coef=0.1)

@@ -128,7 +128,7 @@ def load_model(
             f"{called} must be a transformers PreTrainedModel, a folder or a hub name; got {shorten(model)}"
         )
     if tokenizer is not None:
-        check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer, called)
     model = without_dropout(model).to(device=device, dtype=dtype)
     if frozen:
         model.requires_grad_(False)
@@ -169,7 +169,7 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, called: str = "model") -> None:
     """Refuses a model that gives no next-token logits, and a tokenizer whose tokens it does not all know.
 
     Raises:
@@ -187,7 +187,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     if logits is None or logits.ndim != 3:
         given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)} for one token"
         raise ValueError(
-            "model must be a causal language model, such as AutoModelForCausalLM loads;"
+            f"{called} must be a causal language model, such as AutoModelForCausalLM loads;"
             f" {type(model).__name__} gives {given}"
         )
 
