@@ -128,7 +128,22 @@ def sample_episodes(
     Raises:
         ScoreError: where the score fails; where `task.asking` says to drop such responses, only if it fails for all.
     """
-    task = env.task
+    rollout, ids = _sampled(env.task, policy, rows, generator, narrow, value)
+    rollout.group_size = group_size
+    rollout = _scored(env.task, rollout, ids)
+    _read_whole(env, policy, rollout, tokens_at_once)
+    return rollout
+
+
+def _sampled(
+    task: Task,
+    policy: CausalPolicy,
+    rows: Sequence[Row],
+    generator: torch.Generator,
+    narrow: Narrow | None,
+    value: Callable[[Tensor], Tensor] | None,
+) -> tuple[Rollout, list[list[int]]]:
+    """A response to each row, not scored yet, and its token ids."""
     prompts = [task.encode(row) for row in rows]
     seen: list[NDArray[np.bool_]] = []
     sampled = generate(
@@ -146,7 +161,7 @@ def sample_episodes(
     ids = [r[:n] for r, n in zip(sampled.responses.tolist(), sampled.lengths.tolist(), strict=True)]
     tokens, prompt_lengths, _ = pad_responses(prompts, ids, policy.device)
     last = sampled.responses.gather(1, sampled.lengths[:, None] - 1)[:, 0]
-    completions = task.decode(ids)
+    allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device) if seen else None  # (B, T, V)
     rollout = Rollout(
         tokens=tokens,
         prompt_lengths=prompt_lengths,
@@ -156,21 +171,29 @@ def sample_episodes(
         scores=torch.zeros(len(rows), device=policy.device),
         stopped=last == task.eos_token_id,
         rows=list(rows),
-        completions=completions,
+        completions=task.decode(ids),
+        allowed=allowed,
         values=None if sampled.values is None else sampled.values[:, :steps],
     )
-    if seen:
-        rollout.allowed = torch.from_numpy(np.stack(seen[:steps], 1)).to(policy.device)  # (B, T, V)
-    scores = task.evaluate(rows, ids, completions)
-    rollout.scores = torch.from_numpy(scores.totals).float().to(policy.device)
-    rollout.group_size = group_size
+    return rollout, ids
+
+
+def _scored(task: Task, rollout: Rollout, ids: list[list[int]]) -> Rollout:
+    """The same with the task's scores as rewards, without the episodes whose score failed and was let pass."""
+    device, scores = rollout.tokens.device, task.evaluate(rollout.rows, ids, rollout.completions)
+    rollout.scores = torch.from_numpy(scores.totals).float().to(device)
     if scores.faults:
         rollout = without(rollout, scores.faults)
         scores = scores.without_faults()
     if scores.tokens is None:
         rollout.rewards.scatter_(1, rollout.response_lengths[:, None] - 1, rollout.scores[:, None])
     else:
-        rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(policy.device))
+        rollout.rewards = rollout.spread(torch.from_numpy(np.concatenate(scores.tokens)).float().to(device))
+    return rollout
+
+
+def _read_whole(env: TextEnv | TextVectorEnv, policy: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> None:
+    """Adds what forwards over whole texts say: the frozen blocks' states, log-probabilities, the KL penalty."""
     if policy.frozen_blocks:
         rollout.below = lower_states(policy, rollout, tokens_at_once)
     if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
@@ -178,9 +201,8 @@ def sample_episodes(
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
         rollout.logprobs, rollout.values = batched, None
     if env.reference is not None:
-        reference = CausalPolicy(env.reference, task.vocab_size, env.temperature)
+        reference = CausalPolicy(env.reference, env.task.vocab_size, env.temperature)
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):
             reference.frozen_blocks = policy.frozen_blocks
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
         rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
-    return rollout
