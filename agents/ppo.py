@@ -201,7 +201,7 @@ class PPO(Agent):
         numbers = self.minimise(self._loss, batch)
         if self.critic is not None:
             apart = self.minimise(self._value_loss, batch)
-            numbers["value_loss"] = apart["loss"] / self.config.vf_coef if self.config.vf_coef else 0.0
+            numbers["value_loss"] = apart["value_loss"]
             numbers["loss"] += apart["loss"]
             numbers["grad_norm"] = math.hypot(numbers["grad_norm"], apart["grad_norm"])
         return numbers

@@ -173,7 +173,7 @@ class FlatLlama(Flat):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """What queries attend to: (B, H, Q, D), (B, H, K, D) twice -> (B, H, Q, D).
 
-    PyTorch's own, but for bfloat16 on a CPU, where matrix products are two to five times as fast; they hold the
+    PyTorch's own, but for bfloat16 on a CPU, where its backward pass is slower than the matrix products; these hold the
     (B, H, Q, K) weights, which for short texts is less than what the rest of a block holds.
 
     Args:
