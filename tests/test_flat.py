@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import textrl.generation
 import textrl.policy
 import textrl.slots
 from textrl.flat import FlatGPT2, FlatLlama, attention, flat_of
@@ -287,3 +288,33 @@ def test_greedy_and_truncated_draws_agree(plainly):
             )
         assert torch.equal(runs[0].responses, runs[1].responses)
         assert int(runs[0].lengths.min()) > sampling.min_new_tokens * (not sampling.greedy)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6, "top_k": 7}, {"top_p": 0.8, "min_new_tokens": 5}, {"greedy": True}]
+)
+def test_a_step_over_fixed_tensors_draws_what_the_loop_draws(name, options, monkeypatch):
+    model = MODELS[name]()
+    policy, head = CausalPolicy(model, VOCAB), torch.randn(32, generator=torch.Generator().manual_seed(1))
+    prompts = [np.array([1 + i % 5] * (1 + i % 3)) for i in range(12)]
+    steps = []
+
+    def counted(step):
+        return lambda: (steps.append(1), step())
+
+    def sample():
+        generator = torch.Generator().manual_seed(3)
+        return generate(
+            policy, prompts, 30, [0, 2], sampling=Sampling(**options), generator=generator, value=lambda x: x @ head
+        )  # fmt: skip
+
+    plain = sample()
+    monkeypatch.setitem(textrl.generation.RECORDERS, "cpu", counted)
+    fixed = sample()
+    assert torch.equal(plain.responses, fixed.responses)
+    assert torch.equal(plain.lengths, fixed.lengths)
+    torch.testing.assert_close(fixed.logprobs, plain.logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fixed.values, plain.values, rtol=1e-5, atol=1e-5)
+    longest, started = int(plain.lengths.max()), max(2, options.get("min_new_tokens", 0))
+    assert longest - started <= len(steps) < longest - started + 8  # it ends within eight tokens of the last row

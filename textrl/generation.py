@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .models import check_length
 from .policy import CausalPolicy
-from .slots import slots_for
+from .replay import CHECK_EVERY, RECORDERS, replay
+from .slots import FlatSlots, slots_for
 
 SHRINK_AT = 0.75
 """The batch is cut down once no more than this share of its rows still run."""
-CHECK_EVERY_ON_GPU = 8
-"""Asking a GPU whether rows have ended stops it, so it is asked only every so many tokens."""
+EAGER = 2
+"""Tokens that a GPU draws before the step is recorded: what is made at a first call is made then."""
 
 
 class NotFinite(ValueError):
@@ -177,39 +178,86 @@ def generate(
     check_length(policy.model, tokens.shape[1])
     width = tokens.shape[1] - max_new_tokens
     uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
-    ends = torch.tensor(list(eos_token_ids), device=device)
-    responses = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(batch, max_new_tokens, device=device)
-    counts = torch.zeros(batch, dtype=torch.int64, device=device)
-    running = torch.ones(batch, dtype=torch.bool, device=device)  # of the rows still in the batch
-    rows = torch.arange(batch, device=device)  # which prompt each of them answers
+    written = _Written(policy, sampling, uniforms, torch.tensor(list(eos_token_ids), device=device), value)
     uniform_length = bool((lengths == width).all())
-    values = None if value is None else torch.zeros_like(logprobs)
     stepper = slots_for(policy, batch, tokens.shape[1]) or _Plain(policy, tokens)
-    hidden = stepper.read(tokens[:, :width], lengths, rows)  # (b, d)
+    fixed = isinstance(stepper, FlatSlots) and allowed is None and stop is None
+    record = RECORDERS.get(device.type) if fixed else None
+    hidden = stepper.read(tokens[:, :width], lengths, written.rows)  # (b, d)
     for t in range(max_new_tokens):
-        forbidden = _forbidden(policy, responses, counts, rows, t, sampling, ends, allowed)
-        drawn, drawn_logprobs = draw(policy.logits(hidden), uniforms[rows, t], sampling, forbidden)
-        responses[rows, t] = drawn
-        logprobs[rows, t] = drawn_logprobs
-        if values is not None and value is not None:
-            values[rows, t] = value(hidden)
-        counts[rows] += running
-        running = running & ~(drawn[:, None] == ends).any(1)
+        drawn = written.draw(hidden, t, written.forbidden(t, allowed))
         if stop is not None and t + 1 >= sampling.min_new_tokens:
-            running = running & ~torch.tensor(stop(responses[rows, : t + 1].tolist()), device=device)
+            ended = stop(written.responses[written.rows, : t + 1].tolist())
+            written.running &= ~torch.tensor(ended, device=device)
         if t + 1 == max_new_tokens:
             break
-        if device.type == "cpu" or t % CHECK_EVERY_ON_GPU == CHECK_EVERY_ON_GPU - 1:
-            alive = int(running.sum())
+        if record is not None and t + 1 >= max(EAGER, sampling.min_new_tokens):
+            times = range(t + 1, max_new_tokens)
+            replay(stepper.step, written.draw, drawn, lengths, written.running, times, record)
+            break
+        if device.type == "cpu" or t % CHECK_EVERY == CHECK_EVERY - 1:
+            alive = int(written.running.sum())
             if alive == 0:
                 break
-            if alive <= SHRINK_AT * len(rows):
-                keep = running.nonzero()[:, 0]
-                rows, running, drawn = rows[keep], running[keep], drawn[keep]
+            if alive <= SHRINK_AT * len(written.rows) and record is None:
+                keep = written.running.nonzero()[:, 0]
+                drawn = drawn[keep]
+                written.keep(keep)
                 stepper.keep(keep)
-        hidden = stepper.step(drawn, lengths[rows] + t, width + t if uniform_length else None)
-    return _cut(Generation(responses, counts, logprobs, values))
+        hidden = stepper.step(drawn, lengths[written.rows] + t, width + t if uniform_length else None)
+    return _cut(Generation(written.responses, written.counts, written.logprobs, written.values))
+
+
+class _Written:
+    """What has been drawn so far for all B rows, and which b of them are still in the batch."""
+
+    def __init__(
+        self,
+        policy: CausalPolicy,
+        sampling: Sampling,
+        uniforms: Tensor,
+        ends: Tensor,
+        value: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.policy, self.sampling, self.uniforms, self.ends, self.value = policy, sampling, uniforms, ends, value
+        self.responses = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+        self.logprobs = torch.zeros_like(uniforms)
+        self.values = None if value is None else torch.zeros_like(uniforms)
+        self.counts = torch.zeros(len(uniforms), dtype=torch.int64, device=uniforms.device)
+        self.running = torch.ones(len(uniforms), dtype=torch.bool, device=uniforms.device)  # (b,)
+        self.rows = torch.arange(len(uniforms), device=uniforms.device)  # (b,), which prompt each of them answers
+
+    def draw(self, hidden: Tensor, t: int | Tensor, forbidden: Tensor | None = None) -> Tensor:
+        """Draws and writes the tokens at place t, a number or (1,): what the head reads, (b, d) -> tokens (b,)."""
+        uniforms = self.uniforms[self.rows, t]
+        drawn, logprobs = draw(self.policy.logits(hidden), uniforms, self.sampling, forbidden)
+        self.responses[self.rows, t] = drawn
+        self.logprobs[self.rows, t] = logprobs
+        if self.values is not None and self.value is not None:
+            self.values[self.rows, t] = self.value(hidden)
+        self.counts[self.rows] += self.running
+        self.running &= ~(drawn[:, None] == self.ends).any(1)
+        return drawn
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row of the batch but these."""
+        self.rows, self.running = self.rows[rows], self.running[rows]
+
+    def forbidden(
+        self, t: int, allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None
+    ) -> Tensor | None:
+        """The tokens that cannot come at place t: (b, V) bool or None."""
+        forbidden, device = None, self.responses.device
+        if allowed is not None:
+            seen = torch.arange(self.responses.shape[1], device=device) < self.counts[:, None]
+            mask = allowed(torch.where(seen, self.responses, self.policy.vocab_size).cpu().numpy())
+            if mask is not None:
+                forbidden = ~torch.from_numpy(mask).to(device)[self.rows]
+        if t < self.sampling.min_new_tokens:
+            if forbidden is None:
+                forbidden = torch.zeros(len(self.rows), self.policy.vocab_size, dtype=torch.bool, device=device)
+            forbidden[:, self.ends] = True
+        return forbidden
 
 
 def _cut(sampled: Generation) -> Generation:
@@ -242,34 +290,10 @@ class _Plain:
     def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         return self.policy.hidden(tokens, rows, lengths - 1)
 
-    def step(self, tokens: Tensor, columns: Tensor, column: int | None) -> Tensor:
+    def step(self, tokens: Tensor, columns: Tensor, column: int | None = None) -> Tensor:
         each = torch.arange(len(tokens), device=tokens.device)
         self.tokens[each, columns] = tokens
         return self.read(self.tokens[:, : int(columns.max()) + 1], columns + 1, each)
 
     def keep(self, rows: Tensor) -> None:
         self.tokens = self.tokens[rows]
-
-
-def _forbidden(
-    policy: CausalPolicy,
-    responses: Tensor,
-    counts: Tensor,
-    rows: Tensor,
-    t: int,
-    sampling: Sampling,
-    ends: Tensor,
-    allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None,
-) -> Tensor | None:
-    """The tokens that cannot come at step t: (b, V) bool or None."""
-    forbidden = None
-    if allowed is not None:
-        written = torch.arange(responses.shape[1], device=responses.device) < counts[:, None]
-        mask = allowed(torch.where(written, responses, policy.vocab_size).cpu().numpy())
-        if mask is not None:
-            forbidden = ~torch.from_numpy(mask).to(responses.device)[rows]
-    if t < sampling.min_new_tokens:
-        if forbidden is None:
-            forbidden = torch.zeros(len(rows), policy.vocab_size, dtype=torch.bool, device=responses.device)
-        forbidden[:, ends] = True
-    return forbidden
