@@ -3,13 +3,16 @@
     A_i    = (score_i - mean of the other samples of the prompt) / std
     ratio  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     loss   = mean max(-A_i * ratio, -A_i * clip(ratio, 1 - eps, 1 + eps)) + (kl_coef / std) * mean ratio * (k3_t + K_t)
-    k3_t   = pi_ref / pi - 1 - log(pi_ref / pi),   K_t = the sum of k3 over the tokens still to come, without gradient
+    k3_t   = pi_ref / pi - 1 - log(pi_ref / pi)
+    K_t    = the sum of log(pi / pi_ref) over the other tokens of the response, minus the mean of the whole sum over the
+             other samples of the prompt; it takes no gradient
 
 What differs from the paper, so that the loss has its minimum where score - kl_coef * KL has its maximum: the KL carries
-the ratio and the tokens still to come (the gradient of k3 alone is that of KL(pi_ref || pi), token by token; Tang and
-Munos 2025); the mean leaves the sample itself out (else the score counts (k - 1) / k); std is that of the whole batch
-and divides the KL as well. `scale="group"` is the paper's division by the deviation of each group, which weighs easy
-and hard prompts up (Liu 2025).
+the ratio and the other tokens (the gradient of k3 alone is that of KL(pi_ref || pi), token by token; Tang and Munos
+2025). The gradient of ratio * (k3_t + K_t) is then that of log pi(y_t) times log pi(y|x) / pi_ref(y|x), centred: at the
+optimum this and the score cancel in every single response, and no noise is left. The mean leaves the sample itself out
+(else the score counts (k - 1) / k); std is that of the whole batch and divides the KL as well. `scale="group"` is the
+paper's division by the deviation of each group, which weighs easy and hard prompts up (Liu 2025).
 
 The environment's penalty is taken out of its rewards first: the KL is paid once.
 """
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
 from textrl.kl import k3
-from textrl.returns import discounted_returns, group_normalised, leave_one_out, masked_mean
+from textrl.returns import group_normalised, leave_one_out, masked_mean
 from textrl.rollout import Rollout
 
 from .ppo import clipped_policy_loss
@@ -37,7 +40,7 @@ class GRPOConfig(AgentConfig):
     """Settings of GRPO."""
 
     group_size: int = 8  # samples of each prompt
-    epochs: int = 1  # passes over each batch
+    epochs: int = 2  # passes over each batch
     minibatches: int = 2  # steps a pass
     clip_coef: float = 0.2  # eps of the ratio
     scale: str = "batch"  # whose standard deviation divides the scores: the "batch"'s, each "group"'s, or "none"
@@ -52,21 +55,22 @@ class GRPOConfig(AgentConfig):
         check("scale", self.scale, self.scale in SCALES, f"one of {list(SCALES)}")
 
 
-def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Masked mean of ratio_t * (k3_t + sum_{u > t} k3_u): its gradient is that of the KL of whole responses.
+def kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, usual: Tensor) -> Tensor:
+    """Masked mean of ratio_t * (k3_t + K_t): its gradient is that of the KL of whole responses.
 
     Args:
         logprobs: (B, T), differentiable.
         old_logprobs: (B, T), of the policy that drew the tokens.
         ref_logprobs: (B, T), of the reference.
         mask: (B, T) bool.
+        usual: (B, 1), the log-ratio of a response to the prompt that K is measured from.
 
     Returns:
         ().
     """
-    per_token = k3(logprobs, ref_logprobs)
-    later = discounted_returns(per_token.detach() * mask, mask) - per_token.detach() * mask
-    return masked_mean((logprobs - old_logprobs).exp() * (per_token + later), mask)
+    log_ratio = (logprobs - ref_logprobs).detach() * mask
+    others = log_ratio.sum(1, keepdim=True) - log_ratio - usual  # K, (B, T)
+    return masked_mean((logprobs - old_logprobs).exp() * (k3(logprobs, ref_logprobs) + others), mask)
 
 
 class GRPO(Agent):
@@ -84,7 +88,9 @@ class GRPO(Agent):
         config, mask = self.config, rollout.action_mask
         scores = rollout.rewards.sum(1)  # (B,)
         if rollout.ref_logprobs is not None:
-            scores = scores + self.base.kl_coef * ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
+            log_ratio = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)  # (B,)
+            scores = scores + self.base.kl_coef * log_ratio
+            rollout.values = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others
         spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())
         if config.scale == "group":
             advantages = group_normalised(scores, rollout.grouping)
@@ -105,7 +111,7 @@ class GRPO(Agent):
         ratio = (logprobs - batch.logprobs).exp()
         loss = clipped_policy_loss(ratio, batch.advantages, mask, self.config.clip_coef)
         numbers = {"policy_loss": loss, "kl_old_new": masked_mean(k3(batch.logprobs, logprobs), mask)}
-        if batch.ref_logprobs is not None and self._kl_weight > 0:
-            numbers["kl_loss"] = kl_loss(logprobs, batch.logprobs, batch.ref_logprobs, mask)
-            loss = loss + self._kl_weight * numbers["kl_loss"]
+        if batch.ref_logprobs is not None and batch.values is not None and self._kl_weight > 0:
+            kl = kl_loss(logprobs, batch.logprobs, batch.ref_logprobs, mask, batch.values)
+            loss, numbers["kl_loss"] = loss + self._kl_weight * kl, kl
         return loss, numbers

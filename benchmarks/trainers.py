@@ -68,7 +68,7 @@ def groups(kind: str, size: str, rounds: int) -> dict[str, list[float]]:
     env = textrl.TextEnv(task_of(size), reference=model_of(size), kl_coef=0.05)
     common: dict[str, Any] = {"batch_size": BATCH, "learning_rate": 1e-6, "dtype": "float32", "group_size": 8}
     if kind == "grpo":
-        agent: Any = GRPO(env, model_of(size), minibatches=1, **common)
+        agent: Any = GRPO(env, model_of(size), epochs=1, minibatches=1, **common)
     else:
         agent = REINFORCE(env, model_of(size), baseline="leave_one_out", **common)
     callback, seconds = between({"textrl": lambda: agent.update(agent.collect())})

@@ -165,7 +165,9 @@ def test_grpo_by_hand():
     std = abs(scores[0] - scores[1]) / 2 + 1e-4
     advantage = (scores[0] - scores[1]) / std  # against the other sample
     k3 = [1.0 - math.log(2), 0.0, 1.0 - math.log(2)]  # pi 1/4; ref 1/2, 1/4, 1/2
-    kl = (1 * (k3[0] + k3[1]) + 0.5 * k3[1] + 1 * k3[2]) / 3
+    # the log-ratios are -log 2 and 0, and -log 2; when the texts were drawn they came to 0 and to -log 2 in all
+    others = [0.0 + math.log(2), -math.log(2) + math.log(2), 0.0 - 0.0]
+    kl = (1 * (k3[0] + others[0]) + 0.5 * (k3[1] + others[1]) + 1 * (k3[2] + others[2])) / 3
     loss, numbers = loss_of_first_step(agent, rollout)
     assert numbers["policy_loss"] == pytest.approx(-(advantage + 0.5 * advantage - advantage) / 3, rel=1e-5)
     assert numbers["kl_loss"] == pytest.approx(kl, abs=1e-6)
@@ -183,11 +185,28 @@ def test_the_gradient_of_the_kl_in_the_loss_is_that_of_the_kl():
     refs = torch.stack([ref_first[a], ref_second[a, b]], 1)
     p = logprobs.sum(1).exp()
     exact = (p * (logprobs - refs).sum(1)).sum()
-    each = [kl_loss(logprobs[i : i + 1], logprobs[i : i + 1].detach(), refs[i : i + 1], MASK[:1]) for i in range(16)]
+    usual = torch.tensor([[0.7]])  # any number: it does not depend on the response
+    each = [
+        kl_loss(row[None], row[None].detach(), ref[None], MASK[:1], usual)
+        for row, ref in zip(logprobs, refs, strict=True)
+    ]
     estimate = 2 * sum(w * loss for w, loss in zip(p.detach(), each, strict=True))  # two tokens in each mean
     wanted = torch.autograd.grad(exact, [first, second], retain_graph=True)
     for found, right in zip(torch.autograd.grad(estimate, [first, second]), wanted, strict=True):
         assert torch.allclose(found, right, atol=1e-5)
+
+
+def test_at_the_optimum_no_noise_is_left_in_grpos_gradient():
+    """The pulls of the score and of the KL cancel in every response, not only on average."""
+    task = Bigrams()
+    env = environment(task)
+
+    def norm(model):
+        agent = GRPO(env, model, batch_size=64, minibatches=1, epochs=1, learning_rate=0.0)
+        return agent.update(agent.collect())["train/grad_norm"]
+
+    assert norm(textrl.solve(task, env.reference, env.kl_coef).model()) < 1e-5
+    assert norm(tabular_model(task)) > 1e-2
 
 
 def test_conjugate_gradient_and_surrogate():

@@ -16,6 +16,8 @@ CHUNK_BYTES = 16 * 2**20
 """Float32 logits are made at most this many bytes at a time: so much fits a cache, and is reused by an allocator."""
 KEEP_BYTES = 128 * 2**20
 """As many bytes of them at most wait for the backward pass; beyond that they are made again."""
+GPU_CHUNK, GPU_KEEP = 1 / 64, 1 / 16
+"""The same on a GPU, as shares of its memory: small matrix products leave it idle."""
 NEVER = -1e30
 """A logit whose probability is zero, and which a gradient may multiply without becoming infinite."""
 
@@ -38,7 +40,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs) if entropy else None
         kept = torch.empty(len(targets), len(weight), device=hidden.device) if keep else None
-        chunks = pieces(len(targets), len(weight))
+        chunks = pieces(len(targets), len(weight), weight.device)
         work = workspace(chunks, hidden, weight, 1 if keep else 2)
         for piece in chunks:
             logits = work[0, : piece.stop - piece.start]
@@ -61,7 +63,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad = torch.zeros_like(targets, dtype=torch.float32) if grad is None else grad
-        chunks = pieces(len(targets), len(weight))
+        chunks = pieces(len(targets), len(weight), weight.device)
         work = workspace(chunks, hidden, weight, (kept is None) + (kept is None or grad_entropy is not None))
         for piece in chunks:
             if kept is None:
@@ -86,9 +88,17 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def pieces(count: int, vocab_size: int) -> list[slice]:
+def budget(device: torch.device) -> tuple[int, int]:
+    """Bytes of logits that are made at a time, and that may wait for the backward pass."""
+    if device.type != "cuda":
+        return CHUNK_BYTES, KEEP_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return int(GPU_CHUNK * memory), int(GPU_KEEP * memory)
+
+
+def pieces(count: int, vocab_size: int, device: torch.device) -> list[slice]:
     """The rows of each chunk."""
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    size = max(1, budget(device)[0] // (4 * vocab_size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -138,6 +148,6 @@ def token_logprobs(
         (n,) and (n,) or None.
     """
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = backward and 4 * len(targets) * len(weight) <= KEEP_BYTES
+    keep = backward and 4 * len(targets) * len(weight) <= budget(weight.device)[1]
     arguments = (hidden, weight, targets, allowed, temperature, entropy, keep)
     return TokenLogprobs.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]

@@ -92,7 +92,7 @@ class CausalPolicy:
         if type(head) is nn.Linear and head.bias is None and not touched(head):
             return token_logprobs(hidden, head.weight[: self.vocab_size], targets, allowed, self.temperature, entropy)
         parts = []
-        for piece in pieces(max(len(targets), 1), self.vocab_size):
+        for piece in pieces(max(len(targets), 1), self.vocab_size, hidden.device):
             mask = None if allowed is None else allowed[piece]
             arguments = (hidden[piece], targets[piece], mask, entropy)
             if torch.is_grad_enabled() and hidden.requires_grad:  # recomputed in the backward pass
