@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import textrl
+import textrl.envs.copy
 import textrl.logprobs
 from textrl.agents import PPO
 from textrl.critic import batched_values

@@ -48,6 +48,9 @@ _LAZY = {
     "weighted_sum": "rewards",
 }
 
+_MODULES = ("agents", "envs", "wrappers")
+"""Reached as attributes without an import of their own."""
+
 __all__ = [
     "Agent",
     "AgentConfig",
@@ -82,4 +85,6 @@ def __getattr__(name: str) -> Any:
     """Loads what needs torch when it is first used (PEP 562)."""
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
