@@ -23,6 +23,7 @@ SIZES = {
     "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 1024},
     "small": {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": 8192},
     "wide": {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": 50_257},
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257},
 }
 BATCH, PROMPT, NEW = 32, 16, 48
 END, PAD = 0, 1
