@@ -5,8 +5,9 @@
     3. PPO: the reward model's score at the end, a per-token KL penalty to the SFT model, the critic from the
        reward model
 
-Each step leaves a checkpoint in the run's folder; a run that was killed goes on after the last step that is whole. At
-the end stands a report: `report.html` and `report.json`.
+Each step leaves its model in the run's folder, and checkpoints on the way: a run that was stopped or killed goes on
+from the last of them, and on the CPU ends with the same weights. At the end stands a report: `report.html` and
+`report.json`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
+from textrl.runs import Checkpoints
 
 from .ppo import PPO
 from .rlhf_report import LOGS, REPORT, compare, write_page
@@ -130,12 +132,15 @@ class _Run:
     def step(self, number: int, step: Callable[[Path], None]) -> None:
         """Runs one step unless its checkpoint is there already."""
         name = step.__name__
+        checkpoints = Checkpoints(self.folder / LOGS / name, keep=1)
         if (self.folder / name).exists():
+            checkpoints.clear()
             print(f"step {number} of 3, {name}: done already", flush=True)
             return
         print(f"step {number} of 3, {name}", flush=True)
         began = time.perf_counter()
         step(self.folder / name)
+        checkpoints.clear()
         self._seconds[name] = round(time.perf_counter() - began, 1)
         saved = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
         checkpoint.write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
@@ -143,6 +148,17 @@ class _Run:
     def planned(self, work: int) -> int:
         """An amount of work planned for the default length, scaled to `minutes`."""
         return max(1, round(work * self.config.minutes / RLHFConfig.minutes))
+
+    def saving(self, name: str, work: int) -> dict[str, Any]:
+        """Where a step logs and saves: twice in the default length, however long this run is, and at a signal."""
+        folder = self.folder / LOGS / name
+        return {
+            "log_dir": folder,
+            "progress_bar": True,
+            "checkpoint_every": max(1, work // 2),
+            "keep": 1,
+            "resume": True,
+        }
 
     def sentences(self, *splits: str) -> Dataset:
         """Movie-review sentences."""
@@ -203,7 +219,7 @@ class _Run:
             batch_size=config.sft_batch_size,
             **self.shared(),
         )
-        agent.learn(self.planned(config.sft_timesteps), log_dir=self.folder / LOGS / "sft", progress_bar=True)
+        agent.learn(self.planned(config.sft_timesteps), **self.saving("sft", config.sft_timesteps))
         agent.save(folder)
 
     def reward_model(self, folder: Path) -> None:
@@ -219,7 +235,9 @@ class _Run:
             trainable_layers=config.trainable_layers,
             seed=config.seed,
         )
-        train_reward_model(model, pairs, settings, log_dir=self.folder / LOGS / folder.name, progress_bar=True)
+        train_reward_model(
+            model, pairs, settings, **self.saving(folder.name, len(pairs) * config.reward_groups // groups)
+        )
         prompts = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
         prompts = prompts[: config.eval_episodes]
         drawn = self.samples(self.env(prompts, model, None, config.max_new_tokens), sft, prompts)
@@ -242,7 +260,7 @@ class _Run:
             minibatches=config.ppo_minibatches,
             **self.shared(),
         )
-        agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / LOGS / "ppo", progress_bar=True)
+        agent.learn(self.planned(config.ppo_timesteps), **self.saving("ppo", config.ppo_timesteps))
         agent.save(folder)
 
     # ---- the report ------------------------------------------------------------------------------------------

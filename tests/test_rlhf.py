@@ -99,3 +99,27 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a
     other, _ = (refused := start(place, "--log-dir", str(run), "--seed", "1")).communicate()
     assert refused.returncode == 2
     assert "holds a run with another seed" in other
+
+
+@pytest.mark.slow
+def test_a_step_that_was_stopped_in_the_middle_goes_on_there_and_ends_as_if_it_had_not(place):
+    whole = start(place, "--log-dir", str(place / "whole"))
+    run = place / "stopped"
+    for step, how in (("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM)):
+        process, rows = start(place, "--log-dir", str(run)), run / "logs" / step / "progress.csv"
+        while not rows.exists() or len(rows.read_text().splitlines()) < 3:  # names, and two rows
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(how)
+        out, _ = process.communicate()
+        assert process.returncode == 128 + how, out
+        assert list((run / "logs" / step / "checkpoints").glob("step-*")), out
+    out, _ = (last := start(place, "--log-dir", str(run))).communicate()
+    assert last.returncode == 0, out
+    out, _ = whole.communicate()
+    assert whole.returncode == 0, out
+    files = [*(place / "whole").glob("*/model.safetensors"), *(place / "whole/logs").glob("*/progress.csv")]
+    assert len(files) >= 6
+    for file in files:
+        assert file.read_bytes() == (run / file.relative_to(place / "whole")).read_bytes(), file
+    assert not list(run.glob("logs/*/checkpoints")), "what a step needed on its way is gone"

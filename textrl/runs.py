@@ -79,6 +79,12 @@ class Checkpoints:
                 self._remove(folder)
         return None
 
+    def clear(self) -> None:
+        """Removes all of them: what they were for is done."""
+        (self.run / BEST).unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
     def _remove(self, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
