@@ -160,12 +160,12 @@ def pad_responses(
     """Lays prompts and responses out as a `Rollout` does: tokens (B, S), prompt_lengths (B,), action_mask (B, T)."""
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     lengths = torch.tensor([len(r) for r in responses])
-    tokens = torch.zeros(len(prompts), int((prompt_lengths + lengths).max()), dtype=torch.int64)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids = torch.tensor([*prompt, *response])
-        tokens[i, : len(ids)] = ids
+    tokens = np.zeros((len(prompts), int((prompt_lengths + lengths).max())), dtype=np.int64)
+    for row, prompt, response in zip(tokens, prompts, responses, strict=True):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : len(prompt) + len(response)] = response
     mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
-    return tokens.to(device), prompt_lengths.to(device), mask.to(device)
+    return torch.from_numpy(tokens).to(device), prompt_lengths.to(device), mask.to(device)
 
 
 @torch.no_grad()
