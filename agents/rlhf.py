@@ -5,15 +5,16 @@
     3. PPO: the reward model's score at the end, a per-token KL penalty to the SFT model, the critic from the
        reward model
 
-Each step leaves a checkpoint in the run's folder; a run that was killed goes on after the last step that is whole. At
-the end stands a report: `report.html` and `report.json`.
+Each step leaves its model in the run's folder, and checkpoints on the way; a run that was killed goes on from the last
+one, and SIGINT and SIGTERM leave one. At the end stands a report: `report.html` and `report.json`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,24 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from textrl import checkpoint, fetch
-from textrl.agent import check
+from textrl.config import as_path, check, check_type
+from textrl.disk import read_json
 from textrl.env import TextEnv
 from textrl.flags import RUN
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
+from textrl.render import escape
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
+from textrl.runs import BEST
+from textrl.runs import FOLDER as CHECKPOINTS
 
 from .ppo import PPO
 from .rlhf_report import LOGS, REPORT, compare, write_page
 from .sft import SFT
+
+MINUTES_BETWEEN_CHECKPOINTS = 5
+"""Of the planned length of the run, within each of its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +79,21 @@ class RLHFConfig:
     eval_groups: int = 20  # groups of held-out sentences for the report, their pairs compared likewise
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
-        check("minutes", self.minutes, self.minutes > 0, "above 0")
-        check("pair_gap", self.pair_gap, self.pair_gap > 0, "above 0")
+        """Checks types and ranges, all of them before the first step begins."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            check_type(name, value, str(field.type))
+            if isinstance(value, float):
+                check(name, value, math.isfinite(value), "a finite number")
+            if field.type == "int" and name != "seed":
+                check(name, value, 1 <= value <= 10**9, "from 1 to 1,000,000,000")
+            if name in ("minutes", "pair_gap", "temperature"):
+                check(name, value, value > 0, "above 0")
+            if name == "seed" or name.endswith(("_learning_rate", "_coef")):
+                check(name, value, value >= 0, "at least 0")
+        as_path("log_dir", self.log_dir)
         check("eval_episodes", self.eval_episodes, self.eval_episodes >= 16, "at least 16")
+        check("seed", self.seed, self.seed < 2**63, "below 2**63")
 
 
 def rlhf(config: RLHFConfig) -> dict[str, Any]:
@@ -105,7 +124,7 @@ class _Run:
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
-        print(self.about, flush=True)
+        print(escape(self.about), flush=True)
         if not (self.folder / RUN).exists():  # nothing is written before all is at hand
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
@@ -117,14 +136,20 @@ class _Run:
         """The seconds that each step of a run in the folder took, once its settings are seen to be the same."""
         file, settings = self.folder / RUN, self._settings()
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            changed = sorted(k for k in settings if found["config"].get(k) != settings[k])
+            try:
+                found = read_json(file)
+                had, seconds = dict(found["config"]), dict(found["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"log_dir holds a {RUN} that textrl rlhf did not write: {str(file)!r} ({error})"
+                ) from None
+            changed = sorted(k for k in settings if had.get(k) != settings[k])
             if changed:
                 raise ValueError(
                     f"log_dir {str(self.folder)!r} holds a run with another {', '.join(changed)}:"
                     " choose a new folder, or the same settings to go on"
                 )
-            return dict(found["seconds"])
+            return seconds
         return {}
 
     def step(self, number: int, step: Callable[[Path], None]) -> None:
@@ -132,13 +157,32 @@ class _Run:
         name = step.__name__
         if (self.folder / name).exists():
             print(f"step {number} of 3, {name}: done already", flush=True)
+            self._forget(name)
             return
         print(f"step {number} of 3, {name}", flush=True)
         began = time.perf_counter()
         step(self.folder / name)
         self._seconds[name] = round(time.perf_counter() - began, 1)
-        saved = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        saved = read_json(self.folder / RUN)
         checkpoint.write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Removes the checkpoints within a step that is whole; its logs stay."""
+        shutil.rmtree(self.folder / LOGS / name / CHECKPOINTS, ignore_errors=True)
+        (self.folder / LOGS / name / BEST).unlink(missing_ok=True)
+
+    def saving(self, name: str, work: int) -> dict[str, Any]:
+        """How a step that is planned for so much work logs, and goes on where it was stopped."""
+        parts = max(1, round(self.config.minutes / MINUTES_BETWEEN_CHECKPOINTS))
+        every = max(1, -(-work // parts))
+        return {
+            "log_dir": self.folder / LOGS / name,
+            "progress_bar": True,
+            "checkpoint_every": every,
+            "keep": 1,
+            "resume": True,
+        }
 
     def planned(self, work: int) -> int:
         """An amount of work planned for the default length, scaled to `minutes`."""
@@ -203,7 +247,8 @@ class _Run:
             batch_size=config.sft_batch_size,
             **self.shared(),
         )
-        agent.learn(self.planned(config.sft_timesteps), log_dir=self.folder / LOGS / "sft", progress_bar=True)
+        work = self.planned(config.sft_timesteps)
+        agent.learn(work, **self.saving("sft", work))
         agent.save(folder)
 
     def reward_model(self, folder: Path) -> None:
@@ -219,7 +264,7 @@ class _Run:
             trainable_layers=config.trainable_layers,
             seed=config.seed,
         )
-        train_reward_model(model, pairs, settings, log_dir=self.folder / LOGS / folder.name, progress_bar=True)
+        train_reward_model(model, pairs, settings, **self.saving("reward_model", len(pairs)))
         prompts = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
         prompts = prompts[: config.eval_episodes]
         drawn = self.samples(self.env(prompts, model, None, config.max_new_tokens), sft, prompts)
@@ -242,7 +287,8 @@ class _Run:
             minibatches=config.ppo_minibatches,
             **self.shared(),
         )
-        agent.learn(self.planned(config.ppo_timesteps), log_dir=self.folder / LOGS / "ppo", progress_bar=True)
+        work = self.planned(config.ppo_timesteps)
+        agent.learn(work, **self.saving("ppo", work))
         agent.save(folder)
 
     # ---- the report ------------------------------------------------------------------------------------------
@@ -269,5 +315,5 @@ class _Run:
         }
         said = write_page(self.folder, out)
         checkpoint.write_json(self.folder / REPORT, out)
-        print(f"{said} and {self.folder / REPORT}")
+        print(f"{said} and {escape(str(self.folder / REPORT))}")
         return out

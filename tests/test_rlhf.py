@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from textrl import cli
+from textrl import agents, cli, reward_training
 
 END = "<|endoftext|>"
 GOOD, BAD = ["fine", "lovely", "great", "superb"], ["dull", "awful", "weak", "boring"]
@@ -99,3 +99,42 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a
     other, _ = (refused := start(place, "--log-dir", str(run), "--seed", "1")).communicate()
     assert refused.returncode == 2
     assert "holds a run with another seed" in other
+
+
+@pytest.mark.slow
+def test_a_run_stopped_within_each_step_goes_on_within_it_and_ends_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTRL_CACHE", str(place / "cache"))
+    flags = "--minutes 0.5 --trainable-layers 2 --eval-episodes 16 --eval-groups 2 --ppo-batch-size 16 --device cpu"
+    arguments = ["rlhf", "--model", str(place / "model"), *flags.split(), "--log-dir"]
+    stops = {signal.SIGTERM: 0, signal.SIGINT: 0}
+    methods = {(agents.SFT, "update"): signal.SIGTERM, (reward_training._Training, "step"): signal.SIGINT}
+    methods[agents.PPO, "update"] = signal.SIGTERM
+
+    def stopping(learn, number):
+        calls = []
+
+        def wrapped(*given):
+            calls.append(1)
+            if len(calls) == 2:
+                stops[number] += 1
+                os.kill(os.getpid(), number)
+            return learn(*given)
+
+        return wrapped
+
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    for (cls, name), number in methods.items():
+        monkeypatch.setattr(cls, name, stopping(getattr(cls, name), number))
+    for step, code in (("sft", 143), ("reward_model", 130), ("ppo", 143), ("", 0)):
+        try:
+            assert cli.main([*arguments, str(tmp_path / "stopped")]) == code
+        except SystemExit as left:
+            assert left.code == code
+        assert len(list((tmp_path / "stopped").glob("logs/*/checkpoints/step-*"))) == bool(step)
+        assert not step or list((tmp_path / f"stopped/logs/{step}/checkpoints").iterdir())
+    assert stops == {signal.SIGTERM: 2, signal.SIGINT: 1}
+    written = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")]
+    kept = [path for path in written if path.suffix in (".safetensors", ".csv")]
+    assert len(kept) == 9
+    for path in kept:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
