@@ -92,6 +92,7 @@ class RLHFConfig:
             if name == "seed" or name.endswith(("_learning_rate", "_coef")):
                 check(name, value, value >= 0, "at least 0")
         as_path("log_dir", self.log_dir)
+        check("model", self.model, self.model != "", "a folder or hub name")
         check("eval_episodes", self.eval_episodes, self.eval_episodes >= 16, "at least 16")
         check("seed", self.seed, self.seed < 2**63, "below 2**63")
 

@@ -120,6 +120,8 @@ BAD = {
     "--settings lists settings and takes none; got 'x'": ["train", "ppo", "--settings", "x"],
     "dataset must be a path; got ''": ["collect", *COPY, "--dataset", ""],
     "unknown env ''": ["play", ""],
+    "--log-dir must be a path; got ''": ["train", "ppo", *COPY, "--log-dir", ""],
+    "model must be a folder or hub name; got ''": ["rlhf", "--model", ""],
 }
 
 

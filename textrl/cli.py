@@ -15,7 +15,7 @@ import gymnasium as gym
 
 from . import logged
 from .checkup import doctor_parser
-from .config import check, make_config
+from .config import as_path, check, make_config
 from .files import is_file_name
 from .flags import (
     FINAL,
@@ -165,6 +165,8 @@ def train_agent(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     name = id.split("/")[-1].lower()
+    if options.log_dir is not None:
+        as_path("--log-dir", options.log_dir)
     folder = Path(options.log_dir or f"runs/{name}-{cls.__name__.lower()}-{config.seed}")
     if (folder / FINAL).exists() or (folder / RUN).exists():
         raise ValueError(
