@@ -165,9 +165,8 @@ def train_agent(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     name = id.split("/")[-1].lower()
-    if options.log_dir is not None:
-        as_path("--log-dir", options.log_dir)
-    folder = Path(options.log_dir or f"runs/{name}-{cls.__name__.lower()}-{config.seed}")
+    given = f"runs/{name}-{cls.__name__.lower()}-{config.seed}" if options.log_dir is None else options.log_dir
+    folder = as_path("--log-dir", given)
     if (folder / FINAL).exists() or (folder / RUN).exists():
         raise ValueError(
             f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
