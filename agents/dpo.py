@@ -97,6 +97,7 @@ class DPO(Agent):
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
     not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_digest", "_held", "_learned", "beta")
+    needs_dataset = True
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class ReSTConfig(AgentConfig):
         super().__post_init__()
         for name in ("grow_batches", "group_size", "epochs"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        given = isinstance(self.quantiles, (tuple, list)) and all(isinstance(each, float) for each in self.quantiles)
+        check("quantiles", self.quantiles, given, "a tuple of numbers from 0 to 1")
         rising = [0.0, *self.quantiles, 1.0]
         check("quantiles", self.quantiles, len(rising) > 2 and rising == sorted(rising), "rising numbers from 0 to 1")
         check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from textrl import checkpoint, fetch
-from textrl.agent import check
+from textrl.config import as_path, check, check_type
+from textrl.disk import read_json
 from textrl.env import TextEnv
 from textrl.flags import RUN
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
+from textrl.render import escape
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
 from textrl.runs import Checkpoints
@@ -73,10 +75,22 @@ class RLHFConfig:
     eval_groups: int = 20  # groups of held-out sentences for the report, their pairs compared likewise
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
-        check("minutes", self.minutes, self.minutes > 0, "above 0")
-        check("pair_gap", self.pair_gap, self.pair_gap > 0, "above 0")
+        """Checks types and ranges, all of them before the first step begins."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            check_type(name, value, str(field.type))
+            if isinstance(value, float):
+                check(name, value, math.isfinite(value), "a finite number")
+            if field.type == "int" and name != "seed":
+                check(name, value, 1 <= value <= 10**9, "from 1 to 1,000,000,000")
+            if name in ("minutes", "pair_gap", "temperature"):
+                check(name, value, value > 0, "above 0")
+            if name == "seed" or name.endswith(("_learning_rate", "_coef")):
+                check(name, value, value >= 0, "at least 0")
+        as_path("log_dir", self.log_dir)
+        check("model", self.model, self.model != "", "a folder or hub name")
         check("eval_episodes", self.eval_episodes, self.eval_episodes >= 16, "at least 16")
+        check("seed", self.seed, self.seed < 2**63, "below 2**63")
 
 
 def rlhf(config: RLHFConfig) -> dict[str, Any]:
@@ -107,7 +121,7 @@ class _Run:
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
-        print(self.about, flush=True)
+        print(escape(self.about), flush=True)
         if not (self.folder / RUN).exists():  # nothing is written before all is at hand
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
@@ -119,14 +133,20 @@ class _Run:
         """The seconds that each step of a run in the folder took, once its settings are seen to be the same."""
         file, settings = self.folder / RUN, self._settings()
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            changed = sorted(k for k in settings if found["config"].get(k) != settings[k])
+            try:
+                found = read_json(file)
+                had, seconds = dict(found["config"]), dict(found["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"log_dir holds a {RUN} that textrl rlhf did not write: {str(file)!r} ({error})"
+                ) from None
+            changed = sorted(k for k in settings if had.get(k) != settings[k])
             if changed:
                 raise ValueError(
                     f"log_dir {str(self.folder)!r} holds a run with another {', '.join(changed)}:"
                     " choose a new folder, or the same settings to go on"
                 )
-            return dict(found["seconds"])
+            return seconds
         return {}
 
     def step(self, number: int, step: Callable[[Path], None]) -> None:
@@ -142,12 +162,8 @@ class _Run:
         step(self.folder / name)
         checkpoints.clear()
         self._seconds[name] = round(time.perf_counter() - began, 1)
-        saved = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        saved = read_json(self.folder / RUN)
         checkpoint.write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
-
-    def planned(self, work: int) -> int:
-        """An amount of work planned for the default length, scaled to `minutes`."""
-        return max(1, round(work * self.config.minutes / RLHFConfig.minutes))
 
     def saving(self, name: str, work: int) -> dict[str, Any]:
         """Where a step logs and saves: twice in the default length, however long this run is, and at a signal."""
@@ -159,6 +175,10 @@ class _Run:
             "keep": 1,
             "resume": True,
         }
+
+    def planned(self, work: int) -> int:
+        """An amount of work planned for the default length, scaled to `minutes`."""
+        return max(1, round(work * self.config.minutes / RLHFConfig.minutes))
 
     def sentences(self, *splits: str) -> Dataset:
         """Movie-review sentences."""
@@ -287,5 +307,5 @@ class _Run:
         }
         said = write_page(self.folder, out)
         checkpoint.write_json(self.folder / REPORT, out)
-        print(f"{said} and {self.folder / REPORT}")
+        print(f"{said} and {escape(str(self.folder / REPORT))}")
         return out

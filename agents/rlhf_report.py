@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from textrl.disk import read_json
 from textrl.files import InputError
 from textrl.flags import RUN
 from textrl.logging import PROGRESS
@@ -107,7 +107,7 @@ def write_page(folder: Path, out: Mapping[str, Any]) -> str:
 def is_rlhf(folder: Path) -> bool:
     """Whether a folder is that of an RLHF run, and not of `textrl train`."""
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run = read_json(folder / RUN)
     except (OSError, ValueError):
         run = None
     return (folder / REPORT).exists() or (isinstance(run, dict) and "seconds" in run)
@@ -124,7 +124,7 @@ def report_rlhf(folder: Path) -> str:
     """
     file = folder / (REPORT if (folder / REPORT).exists() else RUN)
     try:
-        return write_page(folder, json.loads(file.read_text(encoding="utf-8")))
+        return write_page(folder, read_json(file))
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -53,6 +53,7 @@ class SFT(Agent):
     config: SFTConfig
     config_class: ClassVar[type[AgentConfig]] = SFTConfig
     not_saved: ClassVar[tuple[str, ...]] = ("_examples",)
+    needs_dataset = True
 
     def __init__(
         self,

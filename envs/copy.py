@@ -12,6 +12,7 @@ import numpy as np
 from textrl.task import Row, Task, symbol_tokenizer
 
 MOST_PROMPTS = 10_000
+LONGEST = 1_000
 END = "\n"
 
 
@@ -19,10 +20,10 @@ def strings(symbols: str, length: int) -> list[str]:
     """Every string of `length` symbols; where there are more than 10,000, always the same 10,000 drawn at random.
 
     Raises:
-        ValueError: for a length below 1.
+        ValueError: for a length below 1, or above 1,000.
     """
-    if length < 1:
-        raise ValueError(f"length must be at least 1; got {length!r}")
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"length must be from 1 to {LONGEST:,}; got {length!r}")
     if len(symbols) ** length <= MOST_PROMPTS:
         return ["".join(each) for each in itertools.product(symbols, repeat=length)]
     drawn = np.random.default_rng(0).integers(len(symbols), size=(MOST_PROMPTS, length))

@@ -103,6 +103,25 @@ BAD = {
     "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],
     "minutes must be above 0; got 0.0": ["rlhf", "--minutes", "0"],
     "model must be a folder that exists, or a hub name; got './absent'": ["rlhf", "--model", "./absent"],
+    "minutes must be a finite number; got inf": ["rlhf", "--minutes", "inf"],
+    "temperature must be above 0; got -1.0": ["rlhf", "--temperature", "-1"],
+    "ppo_learning_rate must be at least 0; got -1.0": ["rlhf", "--ppo-learning-rate", "-1"],
+    "ppo_epochs must be from 1 to 1,000,000,000; got 0": ["rlhf", "--ppo-epochs", "0"],
+    "log_dir must be a path; got ''": ["rlhf", "--log-dir", ""],
+    "--dataset must be given for SFT to learn": ["train", "sft", *COPY],
+    "--dataset must be given for DPO to learn": ["train", "dpo", *COPY],
+    "--env-arg kl_coef is a flag of its own: --kl-coef": ["train", "ppo", *COPY, "--env-arg", "kl_coef=nan"],
+    "--env-arg num_envs is not to be given": ["train", "ppo", *COPY, "--env-arg", "num_envs=3"],
+    "--env-arg length is JSON too deeply nested": ["train", "ppo", *COPY, "--env-arg", "length=" + "[" * 100_000],
+    "length must be from 1 to 1,000; got 1000000000": ["train", "ppo", *COPY, "--env-arg", "length=1000000000"],
+    "agent 'textrl.agent:Agent' must define update(rollout)": ["train", "textrl.agent:Agent", *COPY],
+    "num_envs must be a whole number from 1 to 1,000,000,000": ["train", "ppo", *COPY, "--batch-size", "9" * 30],
+    "got 'meta' (it holds no numbers)": ["train", "ppo", *COPY, "--device", "meta"],
+    "--settings lists settings and takes none; got 'x'": ["train", "ppo", "--settings", "x"],
+    "dataset must be a path; got ''": ["collect", *COPY, "--dataset", ""],
+    "unknown env ''": ["play", ""],
+    "--log-dir must be a path; got ''": ["train", "ppo", *COPY, "--log-dir", ""],
+    "model must be a folder or hub name; got ''": ["rlhf", "--model", ""],
 }
 
 
@@ -129,6 +148,37 @@ def test_wrong_usage_exits_with_2_and_one_line(arguments, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+RUNS = [["train", "--resume"], ["evaluate"], ["report"], ["play", "--run"], ["collect", "--dataset", "new"]]
+
+
+@pytest.mark.parametrize("command", RUNS, ids=" ".join)
+def test_files_that_no_run_wrote_are_one_line(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/run.json").write_text("[" * 100_000)
+    code, _, err = run(capsys, *command, "deep")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "deep" in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "run.json"]
+
+
+def test_other_things_under_the_names_of_files_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "junk/data").mkdir(parents=True)
+    (tmp_path / "junk/data/main_data.hdf5").write_text("junk")
+    (tmp_path / "junk/data/metadata.json").write_text("{}")
+    text = ["--env", "textrl/Text-v0", "--prompts", "loop.jsonl"]
+    for said, arguments in (
+        ("prompts must be a file that exists", ["train", "ppo", *text]),
+        ("cannot be read as a Minari dataset", ["train", "bpo", *COPY, "--dataset", "junk"]),
+        ("cannot be read as a Minari dataset", ["ope", *COPY, "--dataset", "junk"]),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert said in err
+
+
 def test_a_run_of_relative_paths_is_loaded_from_anywhere(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
@@ -141,3 +191,13 @@ def test_a_run_of_relative_paths_is_loaded_from_anywhere(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path / "elsewhere")
     code, out, err = run(capsys, "evaluate", str(tmp_path / "two"))
     assert (code, err) == (0, "") and "score" in out
+
+
+def test_the_name_of_a_run_cannot_write_to_the_terminal(capsys, tmp_path):
+    folder = str(tmp_path / "run\x1b[31m\u202e")
+    few = ["--total-timesteps", "10", "--batch-size", "4", "--quiet"]
+    for arguments in (["train", "ppo", *COPY, *few, "--log-dir", folder], ["train", "--resume", folder]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        assert r"run\x1b[31m" in out
+        assert not {"\x1b", "\u202e"} & set(out)

@@ -61,6 +61,7 @@ BAD_LINES = {
     b"7": "line 2: must be an object",
     b'{"prompt": "a", "prompt": "b", "completion": "c"}': "line 2: column 'prompt' stands there twice",
     b'{"prompt": "a", "completion": NaN}': "line 2: NaN is not JSON; a number must be finite",
+    b'{"prompt": "a", "completion": "b", "x": 1e999}': "line 2: 1e999 is no number that a computer holds",
     b'{"promt": "a", "completion": "b"}': r"line 2, column 'prompt' is missing; .*did you mean 'promt'",
     b'{"prompt": 5, "completion": "b"}': "line 2, column 'prompt' must be a text; got 5",
     b'{"prompt": null, "completion": "b"}': "line 2, column 'prompt' must be a text; got None",

@@ -206,6 +206,10 @@ BAD = {
     "chunk_size must be a whole number of at least 1; got 0": {"chunk_size": 0},
     "concurrency must be": {"concurrency": 0},
     "backoff must be at least 0; got -1": {"backoff": -1},
+    "columns must be a list of names; got 'x'": {"columns": "x"},
+    "columns must be a list of names; got 5": {"columns": 5},
+    "headers must be texts of one line of ASCII; got 5": {"headers": 5},
+    "headers must be texts of one line of ASCII; got {'a': 'b": {"headers": {"a": "b\r\nc: d"}},
 }
 
 

@@ -335,3 +335,35 @@ def test_training_of_a_reward_model_that_is_not_finite_stops(tmp_path):
     model.model.score.weight.data[:] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row; there is no checkpoint"):
         train_reward_model(model, reward_pairs(), RewardModelConfig(batch_size=2), log_dir=tmp_path)
+
+
+LOG_DAMAGE = {
+    "garbage": lambda rows: b"\xff\x00garbage",
+    "no header": lambda rows: b"".join(rows[1:]),
+    "a row gone": lambda rows: b"".join(rows[:2] + rows[3:]),
+    "a digit": lambda rows: b"".join(rows).replace(b"0.", b"1.", 1),
+    "cells": lambda rows: b"".join([*rows[:2], rows[2].rstrip() + b",1\n", *rows[3:]]),
+    "nothing": lambda rows: b"",
+}
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGE)
+def test_a_damaged_log_is_named_and_the_run_goes_on(damage, tmp_path, capsys):
+    make = RUNS["REINFORCE"]
+    with pytest.raises(Killed):
+        learn(make, tmp_path, checkpoint_every=40, callback=stop_after(4))
+    capsys.readouterr()
+    log = tmp_path / "progress.csv"
+    rows = log.read_bytes().splitlines(keepends=True)
+    assert len(rows) == 5
+    log.write_bytes(LOG_DAMAGE[damage](rows))
+    learn(make, tmp_path, checkpoint_every=40, resume=True)
+    said = capsys.readouterr().err
+    assert said.count("progress.csv' is damaged: its rows are not what was written") == 1
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    for name in (".a-0k_q9xyz", ".a-0k_q9xyz-old", ".a-mine", ".b-0k_q9xyz"):
+        (tmp_path / name).mkdir()
+    agents.REINFORCE(sampled()).save(tmp_path / "a")
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".a-mine", ".b-0k_q9xyz", "a"]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from textrl import cli
+from textrl import agents, cli, reward_training
 
 END = "<|endoftext|>"
 GOOD, BAD = ["fine", "lovely", "great", "superb"], ["dull", "awful", "weak", "boring"]
@@ -102,24 +102,39 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_step_and_ends_with_a
 
 
 @pytest.mark.slow
-def test_a_step_that_was_stopped_in_the_middle_goes_on_there_and_ends_as_if_it_had_not(place):
-    whole = start(place, "--log-dir", str(place / "whole"))
-    run = place / "stopped"
-    for step, how in (("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM)):
-        process, rows = start(place, "--log-dir", str(run)), run / "logs" / step / "progress.csv"
-        while not rows.exists() or len(rows.read_text().splitlines()) < 3:  # names, and two rows
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        process.send_signal(how)
-        out, _ = process.communicate()
-        assert process.returncode == 128 + how, out
-        assert list((run / "logs" / step / "checkpoints").glob("step-*")), out
-    out, _ = (last := start(place, "--log-dir", str(run))).communicate()
-    assert last.returncode == 0, out
-    out, _ = whole.communicate()
-    assert whole.returncode == 0, out
-    files = [*(place / "whole").glob("*/model.safetensors"), *(place / "whole/logs").glob("*/progress.csv")]
-    assert len(files) >= 6
-    for file in files:
-        assert file.read_bytes() == (run / file.relative_to(place / "whole")).read_bytes(), file
-    assert not list(run.glob("logs/*/checkpoints")), "what a step needed on its way is gone"
+def test_a_run_stopped_within_each_step_goes_on_within_it_and_ends_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTRL_CACHE", str(place / "cache"))
+    flags = "--minutes 0.5 --trainable-layers 2 --eval-episodes 16 --eval-groups 2 --ppo-batch-size 16 --device cpu"
+    arguments = ["rlhf", "--model", str(place / "model"), *flags.split(), "--log-dir"]
+    stops = {signal.SIGTERM: 0, signal.SIGINT: 0}
+    methods = {(agents.SFT, "update"): signal.SIGTERM, (reward_training._Training, "step"): signal.SIGINT}
+    methods[agents.PPO, "update"] = signal.SIGTERM
+
+    def stopping(learn, number):
+        calls = []
+
+        def wrapped(*given):
+            calls.append(1)
+            if len(calls) == 2:
+                stops[number] += 1
+                os.kill(os.getpid(), number)
+            return learn(*given)
+
+        return wrapped
+
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    for (cls, name), number in methods.items():
+        monkeypatch.setattr(cls, name, stopping(getattr(cls, name), number))
+    for step, code in (("sft", 143), ("reward_model", 130), ("ppo", 143), ("", 0)):
+        try:
+            assert cli.main([*arguments, str(tmp_path / "stopped")]) == code
+        except SystemExit as left:
+            assert left.code == code
+        assert len(list((tmp_path / "stopped").glob("logs/*/checkpoints/step-*"))) == bool(step)
+        assert not step or list((tmp_path / f"stopped/logs/{step}/checkpoints").iterdir())
+    assert stops == {signal.SIGTERM: 2, signal.SIGINT: 1}
+    written = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")]
+    kept = [path for path in written if path.suffix in (".safetensors", ".csv")]
+    assert len(kept) == 9
+    for path in kept:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path

@@ -120,6 +120,9 @@ class Agent:
 
     # ---- what an agent's author writes -----------------------------------------------------------------------
 
+    needs_dataset: ClassVar[bool] = False
+    """Whether there is nothing to learn from without the constructor's `dataset`."""
+
     def build(self) -> None:
         """Makes what the agent has beside the policy (a critic) and adds it to `modules`; nothing by default."""
 
@@ -298,7 +301,9 @@ class Agent:
             stop_strings: a response ends with the token that completes one of these texts.
             deterministic: the most probable token always.
         """
-        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, min_new_tokens, deterministic)
+        sampling = Sampling(
+            self.base.temperature if temperature is None else temperature, top_k, top_p, min_new_tokens, deterministic
+        )
         return acting.on_prompts(self, prompts, max_new_tokens, sampling, stop_strings)
 
     # ---- saving ----------------------------------------------------------------------------------------------

@@ -10,9 +10,13 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from .config import check, is_count
 from .render import RENDER_MODES
 from .scores import shorten
 from .task import Row, Task
+
+MOST = 1_000_000_000
+"""Of anything that is counted; a larger number is taken for a mistake."""
 
 
 def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
@@ -43,10 +47,10 @@ def check_count(name: str, count: Any) -> int:
     """A count as an int.
 
     Raises:
-        ValueError: for anything but a whole number of at least 1.
+        ValueError: for anything but a whole number of at least 1, or one that no memory holds.
     """
-    if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {count!r}")
+    check(name, count, is_count(count), "a whole number of at least 1")
+    check(name, count, count <= MOST, f"a whole number from 1 to {MOST:,}")
     return int(count)
 
 
@@ -94,6 +98,7 @@ def reset_mask(options: dict[str, Any] | None, num_envs: int) -> NDArray[np.bool
     Raises:
         TypeError, ValueError: as `SyncVectorEnv` does, for anything but an (N,) bool array with a True.
     """
+    chosen_row(options)  # that it is a dict
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, dtype=np.bool_)
     mask = options["reset_mask"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 
 from . import state
 from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, save_adapter
+from .disk import file_hash as file_hash
+from .disk import read_json
 from .disk import sync as sync
 from .disk import write_json as write_json
 
@@ -56,6 +59,7 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
@@ -75,10 +79,11 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
             shutil.rmtree(each, ignore_errors=True)
 
 
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote to `folder` left beside it."""
+    for each in folder.parent.glob(".*"):
+        if re.fullmatch(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}(-old)?", each.name) and each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -103,7 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: where there is none, or it is not as it was written.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
         digest = manifest.pop("sha256", None)
     except (OSError, ValueError, AttributeError) as error:
         said = " ".join(str(error).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ import gymnasium as gym
 
 from . import logged
 from .checkup import doctor_parser
-from .config import make_config
+from .config import as_path, check, make_config
 from .files import is_file_name
 from .flags import (
     FINAL,
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"textrl: interrupted{f'; {error}' if str(error) else ''}\n")
+        sys.stderr.write(f"textrl: interrupted{f'; {one_line(error)}' if str(error) else ''}\n")
         return 130
     return code or 0
 
@@ -150,6 +151,8 @@ def train_agent(options: argparse.Namespace) -> None:
         return
     if options.agent is None:
         raise ValueError("AGENT is missing; textrl agents lists them")
+    if options.settings and options.rest:
+        raise ValueError(f"--settings lists settings and takes none; got {options.rest[0]!r}")
     cls = agent_class(options.agent)
     rest = ["--help"] if options.settings else options.rest
     config = parse_config(cls.config_class, rest, f"textrl train {options.agent}")
@@ -162,7 +165,8 @@ def train_agent(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     name = id.split("/")[-1].lower()
-    folder = Path(options.log_dir or f"runs/{name}-{cls.__name__.lower()}-{config.seed}")
+    given = f"runs/{name}-{cls.__name__.lower()}-{config.seed}" if options.log_dir is None else options.log_dir
+    folder = as_path("--log-dir", given)
     if (folder / FINAL).exists() or (folder / RUN).exists():
         raise ValueError(
             f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
@@ -188,7 +192,7 @@ def train_agent(options: argparse.Namespace) -> None:
 
 def named(given: str | None) -> str | None:
     """A file or folder by its whole path, so that a run can be resumed from anywhere; an id or a hub name as it is."""
-    return str(Path(given).resolve()) if given and (Path(given).exists() or is_file_name(given)) else given
+    return os.path.realpath(given) if given and (Path(given).exists() or is_file_name(given)) else given
 
 
 def make_agent(run: dict[str, Any]) -> Agent:
@@ -196,6 +200,7 @@ def make_agent(run: dict[str, Any]) -> Agent:
     cls = agent_class(run["agent"])
     config = make_config(cls.config_class, None, run["config"])
     env = gym.make_vec(check_env_id(run["env"]), num_envs=config.batch_size, **run["env_kwargs"])
+    check("--dataset", None, not cls.needs_dataset or bool(run["dataset"]), f"given for {cls.__name__} to learn")
     extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
     return cls(env, run["model"], config, **extra)
 
@@ -211,14 +216,14 @@ def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> 
         resume=True,
     )
     agent.save(folder / FINAL)
-    print(f"saved {folder / FINAL}; textrl evaluate {folder} scores it")
+    print(one_line(f"saved {folder / FINAL}; textrl evaluate {folder} scores it"))
 
 
 def resume_run(folder: Path, quiet: bool) -> None:
     """Goes on with a run that was stopped."""
     run = read_run("--resume", folder)
     if (folder / FINAL).is_dir():
-        print(f"{folder} is finished; textrl evaluate {folder} scores it")
+        print(one_line(f"{folder} is finished; textrl evaluate {folder} scores it"))
         return
     finish_run(make_agent(run), run, folder, quiet)
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
+from .config import check_type
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset
 from .generation import Sampling, draw
@@ -56,7 +57,10 @@ def collect(
     Raises:
         ValueError: for a dataset that exists already, or fewer than one episode.
     """
+    check_type("episodes", episodes, "int")
     check("episodes", episodes, episodes >= 1, "at least 1")
+    check_type("seed", seed, "int")
+    check("seed", seed, seed >= 0, "at least 0")
     base = base_env(env)
     lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .scores import shorten
+
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
@@ -66,7 +68,7 @@ class AgentConfig:
 def check(name: str, value: Any, fine: bool, right: str) -> None:
     """Raises a `ValueError` that names an argument, its value and what would be right, unless it is fine."""
     if not fine:
-        raise ValueError(f"{name} must be {right}; got {value!r}")
+        raise ValueError(f"{name} must be {right}; got {shorten(value, 300)}")
 
 
 def check_type(name: str, value: Any, annotation: str) -> None:
@@ -101,7 +103,7 @@ def as_path(name: str, value: Any) -> Path:
     Raises:
         ValueError: for anything else.
     """
-    check(name, value, isinstance(value, (str, os.PathLike)) and "\0" not in str(value), "a path")
+    check(name, value, isinstance(value, (str, os.PathLike)) and str(value) != "" and "\0" not in str(value), "a path")
     return Path(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ def writing(file: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
 
 
+def read_json(file: Path) -> Any:
+    """The JSON in a file.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: where it is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{str(file)!r} is JSON too deeply nested") from None
+
+
 def write_json(file: Path, content: Any) -> None:
     """Writes JSON; the file is there whole or as it was."""
     write_text(file, json.dumps(content, indent=2) + "\n")
@@ -42,6 +56,12 @@ def write_text(file: Path, text: str) -> None:
             part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

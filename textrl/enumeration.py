@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .config import check
 from .penalty import Policy
 from .policy import CausalPolicy, head_of, load_model
 from .tabular import finite_rows, in_words
@@ -110,6 +111,8 @@ def asker(
         twin = loaded if loaded.dtype == torch.float64 else copy.deepcopy(loaded).double()
         raw = partial(_model_logits, task, CausalPolicy(twin, task.vocab_size))
     else:
+        right = "a language model, its name, or a function observations -> logits"
+        check("model or reference", model, model is None or callable(model), right)
         raw = partial(_callable_logits, task, model)
 
     def ask(tree: Tree) -> list[Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_action, check_penalty, check_render_mode, chosen_row
+from .config import check
 from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStream
@@ -125,6 +126,9 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             observation (L,) int64 and info (`action_mask` where the task advises tokens).
         """
         if seed is not None:
+            whole = isinstance(seed, (int, np.integer)) and seed >= 0
+            check("seed", seed, whole, "None or a whole number from 0")
+            seed = int(seed)
             super().reset(seed=seed)
             self._stream = RowStream(self.task, seed)
         elif self._stream is None:
@@ -237,6 +241,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     def restore(self, snapshot: Snapshot) -> NDArray[np.int64]:
         """Goes back (or sideways) to a snapshot of this task; returns the observation there, (L,) int64."""
+        check("snapshot", snapshot, isinstance(snapshot, Snapshot), "what `snapshot` gave")
         if snapshot.tokens.shape != self._blank.shape:
             raise ValueError(
                 f"snapshot has an observation of shape {snapshot.tokens.shape}, this environment {self._blank.shape}"

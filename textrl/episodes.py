@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .agent import check
+from .config import as_path
 from .env import TextEnv
 from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, number_of, read_rows
 from .formats import FILE_OF_ROWS
@@ -45,7 +46,11 @@ def open_dataset(dataset: MinariDataset | str | Path) -> MinariDataset:
     data = dataset_folder(dataset) / "data"
     if not data.is_dir():
         raise ValueError(f"dataset must be a Minari dataset's folder or id; there is none at {str(data.parent)!r}")
-    return minari.MinariDataset(data)
+    try:
+        return minari.MinariDataset(data)
+    except Exception as error:  # whatever Minari and h5py raise of files that are not theirs
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"dataset {str(data.parent)!r} cannot be read as a Minari dataset ({reason})") from None
 
 
 def read_episodes(
@@ -206,6 +211,7 @@ def dataset_folder(dataset: str | Path) -> Path:
     minari_module()
     from minari.storage import get_dataset_path
 
+    as_path("dataset", dataset)
     if isinstance(dataset, str) and re.fullmatch(r"\w[\w/.-]*-v\d+", dataset):
         dataset = Path(get_dataset_path(dataset))
     return Path(dataset).absolute()  # Minari loses its way from a relative one

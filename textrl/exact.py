@@ -15,7 +15,7 @@ another the optimum is taken for each alone, and a policy that sees only the tex
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,11 @@ class Solution:
         if levels is None:
             raise ValueError(f"prompt must be one of the task's prompts(); got {prompt!r}")
         if isinstance(response, str):
-            response = task.tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            try:
+                response = task.tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            except Exception as error:  # a toy vocabulary's tokenizer raises nothing more special
+                raise ValueError(f"response has text unknown to the tokenizer: {response!r} ({error})") from None
+        check("response", response, isinstance(response, Iterable), "a text or token ids")
         ids = [int(token) for token in response]
         if task.eos_token_id in ids or len(ids) >= len(levels) or any(not 0 <= i < task.vocab_size for i in ids):
             raise ValueError(
@@ -199,6 +203,7 @@ def exact_gradient(
         temperature: as for `solve`.
     """
     check_penalty(reference, kl_coef, temperature)
+    check("model", model, isinstance(model, PreTrainedModel), "a language model")
     twin = copy.deepcopy(model).double()
     score, kl, _ = _value(task, twin, reference, temperature, False)
     named = {name: p for name, p in twin.named_parameters() if p.requires_grad}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 
+from .disk import read_json
 from .registration import registered
 
 if TYPE_CHECKING:
@@ -24,8 +25,17 @@ if TYPE_CHECKING:
 
 RUN, FINAL = "run.json", "final"
 """In a run's folder: which agent, environment and seed it was; the agent at the end."""
-USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError)
+USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
 """What is raised where something that a user gave is wrong, or is not there."""
+
+
+ELSEWHERE = {
+    "kl_coef": "a flag of its own: --kl-coef",
+    "reference": "a flag of its own: --reference",
+    "num_envs": "not to be given: an agent has one environment for each episode of a batch",
+    "render_mode": "not to be given: textrl play shows episodes",
+}
+"""Arguments of every environment that `--env-arg` does not set."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,6 +77,8 @@ def agent_at(place: str) -> type[Agent]:
         raise ValueError(f"agent {place!r} cannot be imported: {error}") from None
     if not (isinstance(cls, type) and issubclass(cls, Agent)):
         raise ValueError(f"agent must be a subclass of textrl.Agent; {place!r} is {cls!r}")
+    if cls.update is Agent.update:
+        raise ValueError(f"agent {place!r} must define update(rollout)")
     return cls
 
 
@@ -122,7 +134,7 @@ def read_run(called: str, folder: Path) -> dict[str, Any]:
         ValueError: where there is none, or it is of another kind.
     """
     try:
-        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run: dict[str, Any] = read_json(folder / RUN)
     except (OSError, ValueError) as error:
         what = f"{str(folder)!r} has no {RUN}" if isinstance(error, OSError) else f"{str(folder / RUN)!r} is no JSON"
         raise ValueError(f"{called} must be the --log-dir of a textrl train; {what}") from None
@@ -154,14 +166,18 @@ def parse_env_args(pairs: list[str]) -> dict[str, Any]:
             raise ValueError(f"--env-arg must be NAME=VALUE; got {pair!r}")
         try:
             out[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or a number of thousands of digits
             out[name] = value
+        except RecursionError:
+            raise ValueError(f"--env-arg {name} is JSON too deeply nested") from None
+        if name in ELSEWHERE:
+            raise ValueError(f"--env-arg {name} is {ELSEWHERE[name]}")
     return out
 
 
 def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> Any:
     """A config dataclass from command-line flags, one a field; the comment beside a field is its help."""
-    parser = Parser(prog=prog, add_help=True, description=inspect.getdoc(config_class))
+    parser = Parser(prog=prog, allow_abbrev=False, description=inspect.getdoc(config_class))
     comments = field_comments(config_class)
     for field in dataclasses.fields(config_class):
         flag = "--" + field.name.replace("_", "-")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .config import check
 from .models import check_length
 from .policy import CausalPolicy
 from .replay import CHECK_EVERY, RECORDERS, replay
@@ -49,13 +53,25 @@ class Sampling:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         for name, value, fine, right in (
-            ("temperature", self.temperature, self.temperature > 0, "a number above 0"),
-            ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "a whole number of at least 0"),
+            ("temperature", self.temperature, _within(self.temperature, numbers.Real, above=0), "a number above 0"),
+            ("top_k", self.top_k, _within(self.top_k, numbers.Integral, least=0), "a whole number of at least 0"),
+            ("top_p", self.top_p, _within(self.top_p, numbers.Real, above=0, most=1), "above 0 and at most 1"),
+            (
+                "min_new_tokens",
+                self.min_new_tokens,
+                _within(self.min_new_tokens, numbers.Integral, least=0),
+                "a whole number of at least 0",
+            ),
         ):
-            if not fine:
-                raise ValueError(f"{name} must be {right}; got {value!r}")
+            check(name, value, fine, right)
+
+
+def _within(
+    value: Any, kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> bool:
+    """Whether this is a finite number of a kind within bounds."""
+    whole = isinstance(value, kind) and not isinstance(value, bool)
+    return whole and least <= value <= most and above < value < math.inf
 
 
 Stop = Callable[[list[list[int]]], Sequence[bool]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .config import check, check_type
+
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Log pi - log pi_ref: unbiased for KL(pi || pi_ref) under samples of pi, may be negative. Any shape."""
@@ -40,9 +42,11 @@ class AdaptiveKL:
     """
 
     def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
-        for name, value in (("kl_target", target), ("kl_horizon", horizon)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0; got {value!r}")
+        for name, value in (("kl_coef", kl_coef), ("kl_target", target), ("kl_horizon", horizon)):
+            check_type(name, value, "float")
+            check(name, value, value < float("inf"), "a finite number")
+            fine = value >= 0 if name == "kl_coef" else value > 0
+            check(name, value, fine, "at least 0" if name == "kl_coef" else "above 0")
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, kl: float, episodes: int) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from .flags import FINAL, check_env_id, finished_run, parse_env_args
+from .render import escape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +80,7 @@ def collect_episodes(options: argparse.Namespace) -> None:
     loaded = load_model(model)
     with few_threads(loaded):
         dataset = collect(env, loaded, options.episodes, options.dataset, options.seed)
-    print(f"wrote {dataset.total_episodes} episodes, {dataset.total_steps} tokens: {options.dataset}")
+    print(escape(f"wrote {dataset.total_episodes} episodes, {dataset.total_steps} tokens: {options.dataset}"))
 
 
 def evaluate_logged(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .disk import writing
+from .disk import file_hash, writing
 from .files import InputError
 from .scores import shorten
 
@@ -48,7 +49,7 @@ class ProgressFile:
 
     def __init__(self, file: Path, after: int = 0) -> None:
         self.path = file
-        rows = [row for row in read_progress(file) if int(row[ITERATION]) <= after] if after else []
+        rows = _rows_until(file, after) if after else []
         self.names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
         self.file: TextIO | None = None
         self._rewrite([[row[name] for name in self.names] for row in rows])
@@ -86,6 +87,16 @@ class ProgressFile:
         """Closes the file."""
         assert self.file is not None
         self.file.close()
+
+
+def _rows_until(file: Path, iteration: int) -> list[dict[str, str]]:
+    """The rows of the iterations up to one; of a damaged file those that can be read."""
+    try:
+        rows = read_progress(file)
+    except (UnicodeDecodeError, csv.Error):
+        return []
+    whole = [row for row in rows if None not in row and None not in row.values()]
+    return [row for row in whole if row.get(ITERATION, "").isdecimal() and int(row[ITERATION]) <= iteration]
 
 
 def read_progress(file: Path) -> list[dict[str, str]]:
@@ -214,10 +225,20 @@ class RunLog:
             self._print([str(iteration), *(_number(metrics.get(COLUMNS[name])) for name in self.header)])
             self.progress.update(self.bar, completed=min(fresh, self.total))
 
-    def sync(self) -> None:
-        """Returns once the rows so far are on the disk."""
-        if self.file is not None:
-            self.file.sync()
+    def sync(self) -> str | None:
+        """Returns once the rows so far are on the disk: their SHA-256."""
+        if self.file is None:
+            return None
+        self.file.sync()
+        return file_hash(self.file.path)
+
+    def compare(self, hash: str | None) -> None:
+        """Says so where the rows that were kept are not those that `sync` gave this hash of."""
+        if self.file is not None and hash is not None and file_hash(self.file.path) != hash:
+            sys.stderr.write(
+                f"textrl: {str(self.file.path)!a} is damaged: its rows are not what was written;"
+                " going on with those that can be read\n"
+            )
 
     def _print(self, cells: list[str]) -> None:
         assert self.progress is not None

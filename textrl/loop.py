@@ -80,6 +80,8 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
         timesteps=agent.num_timesteps,
     )
     saving = run.checkpoint_every is not None and saved is not None
+    if run.resume:
+        log.compare(call.get("log"))
     watch = Watch(agent)
     ask_as_configured(agent)
     written: Path | None = None
@@ -94,7 +96,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
             written = None
             if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
                 assert saved is not None
-                log.sync()
+                call["log"] = log.sync()
                 written = saved.write(agent.num_timesteps, agent.save, call["best"])
             if written is not None:
                 signals.leave(written)
@@ -113,7 +115,7 @@ def _this_call(agent: Agent, total: int | None, checkpoint_every: int | None) ->
             return {**call, "next": call["next"] or _after(agent, checkpoint_every)}
     check("total_timesteps", total, total is not None, "given, unless a call of learn that was interrupted is to go on")
     start = agent.num_timesteps
-    nothing = {"best": None, "best_score": None, "sum": 0.0, "count": 0}
+    nothing = {"log": None, "best": None, "best_score": None, "sum": 0.0, "count": 0}
     return {"total": total, "start": start, "next": _after(agent, checkpoint_every), **nothing}
 
 

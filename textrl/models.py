@@ -42,6 +42,8 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f'device must be "auto", "cpu" or a device torch has; got {device!r} ({error})') from None
@@ -248,6 +250,7 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
         seed: of the head's weights.
         std: their standard deviation; 0 starts every value at zero.
     """
+    check("model", model, isinstance(model, PreTrainedModel), "a language model or a scalar model")
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     if config.pad_token_id is None:

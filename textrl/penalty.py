@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import check
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -47,8 +49,27 @@ class Penalty:
         ref_logprobs = chosen_logprobs(self.stepper(observations), actions, temperature)
         if policy is None:
             return kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
-        kl = chosen_logprobs(policy(observations), actions, temperature) - ref_logprobs
+        kl = chosen_logprobs(_policy_logits(policy, observations), actions, temperature) - ref_logprobs
         return -kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
+
+
+def _policy_logits(policy: Policy, observations: NDArray[np.int64]) -> Tensor:
+    """What an attached policy says of states: (B, L) -> (B, V).
+
+    Raises:
+        ValueError: for what are no logits of these states.
+    """
+    import torch
+
+    check("policy", policy, callable(policy), "a function observations (B, L) -> logits (B, V)")
+    logits: Any = policy(observations)
+    try:
+        logits = torch.as_tensor(logits)
+        fine = logits.ndim == 2 and len(logits) == len(observations)
+    except (TypeError, ValueError, RuntimeError):
+        fine = False
+    check("policy", logits, fine, f"a function that gives logits ({len(observations)}, V)")
+    return logits  # type: ignore[no-any-return]
 
 
 def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:

@@ -77,7 +77,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     run = None if options.folder is None else finished_run("--run", Path(options.folder))
     if options.env is None and run is None:
         raise ValueError("ENV is missing; textrl envs lists the environments")
-    id = check_env_id(options.env or (run or {})["env"])
+    id = check_env_id(run["env"] if options.env is None and run is not None else options.env)
     same = run is not None and check_env_id(run["env"]) == id
     kwargs = {**(run["env_kwargs"] if run and same else {}), **parse_env_args(options.env_arg)}
     for name in ("reference", "kl_coef"):

@@ -63,6 +63,8 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
         where = task
     else:
         raise ValueError(f'task must be a subclass of textrl.Task or "module:Class"; got {task!r}')
+    if not isinstance(id, str):
+        raise ValueError(f'id must be a text, "namespace/Name-v0"; got {shorten(id)}')
     if id in gym.registry:
         if _registered.get(id) == where:
             return

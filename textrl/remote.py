@@ -34,6 +34,11 @@ class RemoteError(ValueError):
     """An endpoint refused a request, or answered what is no list of scores."""
 
 
+def _is_header(header: tuple[Any, Any]) -> bool:
+    """Whether a name and a value can go into a request as they are."""
+    return all(isinstance(each, str) and each.isascii() and each.isprintable() for each in header) and header[0] != ""
+
+
 class RemoteScore:
     """Scores from an HTTP endpoint, callable in the convention of `Task.score`.
 
@@ -76,6 +81,10 @@ class RemoteScore:
             ("concurrency", concurrency, 1),
         ):
             check(name, count, isinstance(count, int) and count >= least, f"a whole number of at least {least}")
+        named = not isinstance(columns, str) and isinstance(columns, Sequence)
+        check("columns", columns, named and all(isinstance(each, str) for each in columns), "a list of names")
+        fine = headers is None or isinstance(headers, dict)
+        check("headers", headers, fine and all(map(_is_header, (headers or {}).items())), "texts of one line of ASCII")
         self.url, self.timeout, self.retries = url, timeout, retries
         self.backoff, self.max_backoff = backoff, max_backoff
         self.chunk_size, self.concurrency = chunk_size, concurrency

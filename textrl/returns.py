@@ -8,6 +8,7 @@ from torch import Tensor
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of `x` over the places where `mask` is True; 0 where there are none. Shapes alike -> ()."""
+    _check_alike(x=x, mask=mask)
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -34,6 +35,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
     Places outside the mask between two of the agent's tokens (text that an environment added) are stepped over: they
     cost no discount, and a reward there counts for the token before.
     """
+    _check_sequences(gamma, 1.0, rewards=rewards, mask=mask)
     returns = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -59,6 +61,7 @@ def gae(
     Returns:
         advantages and returns (advantages + values), both (B, T), 0 outside the mask.
     """
+    _check_sequences(gamma, gae_lambda, rewards=rewards, values=values, mask=mask)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[:, 0])
     value = torch.zeros_like(advantage)  # V_{t+1}: zero past the end
@@ -87,7 +90,7 @@ def leave_one_out(scores: Tensor, group_size: int | Tensor) -> Tensor:
     if isinstance(group_size, Tensor):
         sums, counts = _group_sums(scores, group_size), _group_sums(torch.ones_like(scores), group_size)
         return torch.where(counts > 1, scores - (sums - scores) / (counts - 1).clamp(min=1), 0.0)
-    groups = scores.view(-1, group_size)  # (B/k, k)
+    groups = _samples(scores, group_size)  # (B/k, k)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).view(-1)
 
@@ -99,8 +102,42 @@ def group_normalised(scores: Tensor, group_size: int | Tensor) -> Tensor:
         centred = scores - _group_sums(scores, group_size) / counts
         std = (_group_sums(centred**2, group_size) / (counts - 1).clamp(min=1)).sqrt()
         return centred / (std + 1e-4)
-    groups = scores.view(-1, group_size)
+    groups = _samples(scores, group_size)  # (B/k, k)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+
+
+def _check_alike(**tensors: Tensor) -> None:
+    """Refuses tensors of different shapes, which would be broadcast in silence."""
+    if not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise ValueError(
+            f"{' and '.join(tensors)} must be tensors; got {[type(each).__name__ for each in tensors.values()]}"
+        )
+    if len({each.shape for each in tensors.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(tensors)} must have one shape; got {[tuple(each.shape) for each in tensors.values()]}"
+        )
+
+
+def _check_sequences(gamma: float, gae_lambda: float, **tensors: Tensor) -> None:
+    """Refuses what is no batch (B, T) of numbers and a mask, and discounts that are none."""
+    _check_alike(**tensors)
+    first, mask = tensors["rewards"], tensors["mask"]
+    if first.ndim != 2 or not first.is_floating_point() or mask.dtype != torch.bool:
+        raise ValueError(
+            f"rewards must be floats and mask bools, (B, T); got {first.dtype} and {mask.dtype}, {tuple(first.shape)}"
+        )
+    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1; got {value!r}")
+
+
+def _samples(scores: Tensor, group_size: int) -> Tensor:
+    """The scores of each prompt's samples: (B,) -> (B/k, k)."""
+    if group_size < 2 or scores.ndim != 1 or len(scores) % group_size:
+        raise ValueError(
+            f"group_size must be at least 2 and divide the scores (B,), here {tuple(scores.shape)}; got {group_size}"
+        )
+    return scores.view(-1, group_size)
 
 
 def _group_sums(values: Tensor, groups: Tensor) -> Tensor:

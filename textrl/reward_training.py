@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
-from .config import check
+from .config import as_path, check, check_type
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .logging import RunLog
 from .optim import Optimizer
 from .policy import train_last_layers, trainable
 from .runs import Checkpoints, Signals
+from .scores import shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,6 +58,17 @@ class RewardModelConfig:
     weight_decay: float = 0.0  # of AdamW
     trainable_layers: int | None = None  # only the last so many blocks learn; None: all
 
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            check_type(name, value, str(field.type))
+            if field.type == "float":
+                check(name, value, math.isfinite(value) and value >= 0, "a finite number from 0 up")
+        for name in ("batch_size", "epochs"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("seed", self.seed, self.seed >= 0, "at least 0")
+
 
 @dataclass
 class _Progress:
@@ -69,6 +81,7 @@ class _Progress:
     best_loss: float = math.inf
     total: float = 0.0  # of the losses since the last checkpoint
     count: int = 0
+    log: str | None = None  # hash of the rows logged up to a checkpoint
     stuck: int = 0  # steps in a row that were not taken because a number was not finite
 
 
@@ -158,6 +171,39 @@ class _Training:
         self.now = _Progress(**state.unpack(content["progress"], tensors, device))
 
 
+def _check_pairs(pairs: Any) -> None:
+    """Refuses what are no pairs of texts.
+
+    Raises:
+        ValueError: naming row and column.
+    """
+    if not hasattr(pairs, "column_names"):
+        raise ValueError(f"pairs must be a datasets.Dataset (read_preferences makes one); got {shorten(pairs)}")
+    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
+    if missing or len(pairs) == 0:
+        raise ValueError(
+            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
+            f" {pairs.column_names}"
+        )
+    for name in ("prompt", "chosen", "rejected"):
+        for row, text in enumerate(pairs[name]):
+            check(f"pairs, row {row}, column {name!r}", text, isinstance(text, str), "a text")
+    if "group" in pairs.column_names:
+        kind = str(pairs.features["group"].dtype)
+        check("pairs, column 'group',", kind, "int" in kind, "whole numbers")
+
+
+def _check_run(log_dir: str | Path | None, checkpoint_every: int | None, keep: int, resume: bool) -> None:
+    """Refuses what cannot be how a training logs and saves."""
+    for name, value, kind in (("checkpoint_every", checkpoint_every, "int | None"), ("keep", keep, "int")):
+        check_type(name, value, kind)
+        check(name, value, value is None or value >= 1, "at least 1")
+    if log_dir is not None:
+        as_path("log_dir", log_dir)
+    for name, value in (("checkpoint_every", checkpoint_every), ("resume", resume)):
+        check(name, value, log_dir is not None or not value, "left out without log_dir")
+
+
 def train_reward_model(
     reward_model: RewardModel,
     pairs: Dataset,
@@ -188,16 +234,11 @@ def train_reward_model(
         ValueError: for an empty dataset, missing columns, or a folder that holds another training.
         TrainingError: when loss or gradient are not finite three times in a row.
     """
-    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
-    if missing or len(pairs) == 0:
-        raise ValueError(
-            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
-            f" {pairs.column_names}"
-        )
-    check("checkpoint_every", checkpoint_every, checkpoint_every is None or checkpoint_every >= 1, "at least 1")
-    check("keep", keep, keep >= 1, "at least 1")
-    for name, value in (("checkpoint_every", checkpoint_every), ("resume", resume)):
-        check(name, value, log_dir is not None or not value, "left out without log_dir")
+    if not hasattr(reward_model, "pair_scalars"):
+        raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
+    _check_pairs(pairs)
+    _check_run(log_dir, checkpoint_every, keep, resume)
+    check("config", config, config is None or isinstance(config, RewardModelConfig), "a RewardModelConfig or None")
     config = config or RewardModelConfig()
     training = _Training(reward_model, pairs, config)
     saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
@@ -214,6 +255,7 @@ def train_reward_model(
         after=now.step,
         timesteps=now.seen,
     )
+    log.compare(now.log)
     with log, Signals(checkpoint_every is not None) as signals:
         while now.step < len(training.batches):
             metrics = training.step()
@@ -226,6 +268,6 @@ def train_reward_model(
             if saved is None or checkpoint_every is None:
                 continue
             if training.due(checkpoint_every) or signals.caught:
-                log.sync()
+                now.log = log.sync()
                 signals.leave(saved.write(now.seen, training.save, now.best))
     reward_model.model.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .checkpoint import verify_if_ours, whole_folder, write_manifest
+from .config import check, is_count
 from .hub import check_source
 from .policy import alike, value_model, values_at, without_dropout
 from .reward_training import RewardModelConfig as RewardModelConfig
 from .reward_training import preference_loss as preference_loss
 from .reward_training import train_reward_model as train_reward_model
-from .task import call_score
+from .task import call_score, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +51,14 @@ class RewardModel:
         max_length: int = 512,
         tokens_at_once: int = 4096,
     ) -> None:
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        if not isinstance(model, PreTrainedModel) or not hasattr(model, "score") or labels != 1:
+            found = f"{type(model).__name__} with {labels}" if labels else shorten(model)
+            raise ValueError(f"model must be a sequence classifier with one label; got {found}")
+        named = getattr(tokenizer, "eos_token_id", None) is not None
+        check("tokenizer", tokenizer, named, "a tokenizer with an end-of-sequence token")
+        for name, value, least in (("max_length", max_length, 3), ("tokens_at_once", tokens_at_once, 1)):
+            check(name, value, is_count(value) and value >= least, f"a whole number of at least {least}")
         self.model = without_dropout(model)
         self.tokenizer = tokenizer
         self.max_length, self.tokens_at_once = max_length, tokens_at_once
@@ -91,12 +101,15 @@ class RewardModel:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         """Scores, normalised, in the calling convention of `Task.score`."""
         with torch.no_grad():
-            scalars = self.scalars([p + c for p, c in zip(prompts, completions, strict=True)])
+            scalars = self.scalars(_joined(prompts, completions))
         return ((scalars - self.mean) / self.std).tolist()  # type: ignore[no-any-return]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with the begin and the end token."""
-        plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        try:
+            plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        except Exception as error:  # a toy vocabulary's tokenizer raises nothing more special
+            raise ValueError(f"text has what the tokenizer does not know ({error}); got {shorten(texts)}") from None
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         room = self.max_length - len(begin) - 1
         return [[*begin, *ids[-room:], self.tokenizer.eos_token_id] for ids in plain]
@@ -119,7 +132,7 @@ class RewardModel:
     def standardise(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
         """Shifts and scales the scores to mean 0, standard deviation 1 on these samples (of the reference)."""
         with torch.no_grad():
-            scalars = self.scalars([p + c for p, c in zip(prompts, completions, strict=True)])
+            scalars = self.scalars(_joined(prompts, completions))
         self.mean, self.std = float(scalars.mean()), max(float(scalars.std()), 1e-6)
 
     def accuracy(self, pairs: Dataset) -> float:
@@ -136,6 +149,21 @@ class RewardModel:
         return scalars[[places[text] for text in chosen]], scalars[[places[text] for text in rejected]]
 
 
+def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+    """Prompt and completion together.
+
+    Raises:
+        ValueError: for what are not as many texts of each.
+    """
+    for name, texts in (("prompts", prompts), ("completions", completions)):
+        fine = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
+        if not fine or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} must be a list of texts; got {shorten(texts)}")
+    if len(prompts) != len(completions):
+        raise ValueError(f"completions must be as many as prompts, {len(prompts)}; got {len(completions)}")
+    return [p + c for p, c in zip(prompts, completions, strict=True)]
+
+
 def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     """Prompt and response together, the chosen and the rejected ones."""
     columns = zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)
@@ -143,12 +171,26 @@ def _whole(pairs: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     return list(chosen), list(rejected)
 
 
+def _listed(rewards: Any) -> list[Any]:
+    listed = list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else []
+    check("rewards", rewards, bool(listed), "a list of functions with their weights, at least one")
+    return listed
+
+
 def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callable[..., list[float]]:
     """One reward function that adds several up.
 
     Args:
         rewards: functions in the calling convention of `Task.score`, each with its weight.
+
+    Raises:
+        ValueError: for anything else.
     """
+    rewards = [tuple(each) if isinstance(each, Sequence) else each for each in _listed(rewards)]  # type: ignore[misc]
+    for i, each in enumerate(rewards):
+        fine = isinstance(each, tuple) and len(each) == 2 and callable(each[0])
+        fine = fine and isinstance(each[1], numbers.Real) and math.isfinite(each[1])
+        check(f"rewards[{i}]", each, fine, "a function and its weight, a finite number")
 
     def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         parts = [np.asarray(call_score(fn, prompts, completions, columns), dtype=np.float64) for fn, _ in rewards]

@@ -92,7 +92,7 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
 
 def _number(value: Any, prompt: str, completion: str) -> float:
     where = f"for {about(prompt, completion)}"
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+    if hasattr(value, "item") and (value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)) == 1:
         value = value.item()
     if not isinstance(value, (int, float)):
         raise ScoreError(f"score must be a number; got {shorten(value)} {where}")

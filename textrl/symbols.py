@@ -26,7 +26,8 @@ def symbol_tokenizer(symbols: str | Sequence[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     names = list(symbols) if isinstance(symbols, (str, Sequence)) else []
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+    texts = all(isinstance(name, str) and name and not re.search("[\ud800-\udfff]", name) for name in names)
+    if not names or not texts or len(set(names)) != len(names):
         raise ValueError(f"symbols must be different, non-empty strings, at least one; got {symbols!r}")
     end = "<end>"
     if end in names:

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
+from .config import check, check_type
 from .task import Task
 
 UNKNOWN, ROOT = 0, 1
@@ -147,6 +148,10 @@ def tabular_model(task: Task, *, std: float = 0.0, seed: int = 0) -> TabularLM:
     Raises:
         ValueError: for a task without `prompts()`, or with too many prefixes to hold.
     """
+    check_type("std", std, "float")
+    check("std", std, math.isfinite(std) and std >= 0, "a finite number from 0 up")
+    check_type("seed", seed, "int")
+    check("seed", seed, seed >= 0, "at least 0")
     children = prefix_tree(task)
     config = TabularConfig(
         vocab_size=task.vocab_size,
@@ -171,6 +176,7 @@ def finite_rows(task: Task) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a task without `prompts()`.
     """
+    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
     if task.rows is None:
         raise ValueError(
             f"task must have finitely many prompts for an exact answer; {type(task).__name__} only samples:"
@@ -186,8 +192,8 @@ def in_words(count: int) -> str:
 
 def prefix_tree(task: Task) -> NDArray[np.int64]:
     """The children of every prefix: (prefixes, V), 0 where a text leaves the tree."""
-    continues = np.array([token for token in range(task.vocab_size) if token != task.eos_token_id])
     prompts = {tuple(task.encode(row).tolist()) for row in finite_rows(task)}
+    continues = np.array([token for token in range(task.vocab_size) if token != task.eos_token_id])
     size = len(prompts) * sum(len(continues) ** t for t in range(task.max_new_tokens))
     if size > MAX_PREFIXES:
         raise ValueError(f"task must have at most {MAX_PREFIXES:,} prefixes for a table; this one has {in_words(size)}")

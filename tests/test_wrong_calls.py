@@ -1,0 +1,196 @@
+"""Wrong arguments from Python, one for each place: a `ValueError` of one line that names the argument."""
+
+import math
+
+import datasets
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import textrl
+from textrl.agents import DPO, PPO, SFT, ReST
+from textrl.generation import Sampling
+from textrl.kl import AdaptiveKL
+from textrl.returns import discounted_returns, gae, leave_one_out, masked_mean
+from textrl.reward_training import RewardModelConfig
+from textrl.rewards import RewardModel, train_reward_model, weighted_sum
+
+nan = math.nan
+
+
+@pytest.fixture(scope="module")
+def task():
+    return gym.make("textrl/Copy-v0", length=1).unwrapped.task
+
+
+@pytest.fixture(scope="module")
+def reference(task):
+    return textrl.tabular_model(task)
+
+
+@pytest.fixture(scope="module")
+def scorer(task):
+    lm = PPO(textrl.TextEnv(task), device="cpu").model
+    return RewardModel.from_language_model(lm, task.tokenizer)
+
+
+def pairs(**change):
+    row = {"prompt": "a", "chosen": "a", "rejected": "b", **change}
+    return datasets.Dataset.from_list([row])
+
+
+def one(prompts, completions):
+    return [1.0] * len(prompts)
+
+
+def refused(message, call):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (None, "rewards must be a list of functions with their weights"),
+        ([], "rewards must be a list"),
+        ([one], "rewards[0] must be a function and its weight"),
+        ([(one, 1.0), (one, nan)], "rewards[1] must be"),
+        ([(one, "1")], "rewards[0] must be"),
+        ([(5, 1.0)], "rewards[0] must be"),
+    ],
+)
+def test_weighted_sum(rewards, message):
+    refused(message, lambda: weighted_sum(rewards))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model must be a sequence classifier with one label; got None"),
+        ({"model": torch.nn.Linear(2, 2)}, "model must be a sequence classifier"),
+        ({"tokenizer": None}, "tokenizer must be a tokenizer with an end-of-sequence token"),
+        ({"max_length": 0}, "max_length must be a whole number of at least 3; got 0"),
+        ({"tokens_at_once": "x"}, "tokens_at_once must be a whole number of at least 1; got 'x'"),
+    ],
+)
+def test_reward_models(change, message, scorer):
+    refused(message, lambda: RewardModel(**{"model": scorer.model, "tokenizer": scorer.tokenizer, **change}))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "message"),
+    [
+        ("a", ["a"], "prompts must be a list of texts; got 'a'"),
+        (["a"], [None], "completions must be a list of texts"),
+        (["a"], ["a", "b"], "completions must be as many as prompts, 1; got 2"),
+        (["a"], ["?"], "text has what the tokenizer does not know"),
+    ],
+)
+def test_what_a_reward_model_scores(prompts, completions, message, scorer):
+    refused(message, lambda: scorer(prompts, completions))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (None, {}, "pairs must be a datasets.Dataset"),
+        (pairs(chosen=1), {}, "pairs, row 0, column 'chosen' must be a text; got 1"),
+        (pairs(group="x"), {}, "pairs, column 'group', must be whole numbers"),
+        (pairs(), {"config": 5}, "config must be a RewardModelConfig or None; got 5"),
+        (pairs(), {"log_dir": ""}, "log_dir must be a path; got ''"),
+        (pairs(), {"log_dir": "x", "keep": "x"}, "keep must be a whole number; got 'x'"),
+    ],
+)
+def test_training_of_a_reward_model(given, options, message, scorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(message, lambda: train_reward_model(scorer, given, **options))
+    refused("reward_model must be a RewardModel; got 'x'", lambda: train_reward_model("x", given, **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", "x"), ("batch_size", 1.5), ("epochs", 0), ("seed", -1), ("max_grad_norm", nan)],
+)
+def test_settings_of_reward_model_training(name, value):
+    refused(f"{name} must be", lambda: RewardModelConfig(**{name: value}))
+
+
+def test_exact_answers(task, reference):
+    refused("model or reference must be a language model", lambda: textrl.solve(task, 5, 0.1))
+    refused("model must be a language model; got None", lambda: textrl.exact_gradient(task, None))
+    refused("task must be an instance of a subclass of textrl.Task", lambda: textrl.tabular_model(None))
+    refused("std must be a number; got 'x'", lambda: textrl.tabular_model(task, std="x"))
+    refused("std must be a finite number from 0 up; got nan", lambda: textrl.tabular_model(task, std=nan))
+    refused("seed must be at least 0; got -1", lambda: textrl.tabular_model(task, seed=-1))
+    solution = textrl.solve(task)
+    refused("response has text unknown to the tokenizer: '?'", lambda: solution.logits("a", "?"))
+    refused("response must be a text or token ids; got None", lambda: solution.logits("a", None))
+
+
+def test_environments(task, reference):
+    env = textrl.TextEnv(task, reference=reference, kl_coef=0.1)
+    for seed in (-1, 1.5, "x"):
+        refused("seed must be None or a whole number from 0", lambda seed=seed: env.reset(seed=seed))
+    assert env.reset(seed=np.int64(3))[0].tolist() == env.reset(seed=3)[0].tolist()
+    refused("snapshot must be what `snapshot` gave; got None", lambda: env.restore(None))
+    for policy in (5, lambda x: None, lambda x: "x", lambda x: torch.zeros(5), lambda x: torch.zeros(2, 5)):
+        env.policy = policy
+        env.reset(seed=0)
+        refused("policy must be a function", lambda: env.step(1))
+    refused("options must be a dict or None; got 5", lambda: textrl.TextVectorEnv(task, 2).reset(options=5))
+    refused("length must be from 1 to 1,000", lambda: gym.make("textrl/Copy-v0", length=10**9))
+
+
+def test_tokenizers_and_numbers():
+    refused("symbols must be different, non-empty strings", lambda: textrl.symbol_tokenizer(["\ud800"]))
+    for call in (lambda: AdaptiveKL("x", 1.0, 1.0), lambda: AdaptiveKL(-1.0, 1.0, 1.0), lambda: AdaptiveKL(nan, 1, 1)):
+        refused("kl_coef must be a", call)
+    refused("top_k must be a whole number", lambda: Sampling(top_k=1.5))
+    refused("temperature must be a number above 0; got 'x'", lambda: Sampling(temperature="x"))
+
+
+def test_mathematics():
+    x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    refused("rewards and values and mask must have one shape", lambda: gae(x, x[:, :2], mask))
+    refused("x and mask must have one shape; got [(2, 3), (1, 1)]", lambda: masked_mean(x, mask[:1, :1]))
+    refused("x and mask must be tensors", lambda: masked_mean(x.numpy(), mask.numpy()))
+    refused("rewards must be floats and mask bools, (B, T)", lambda: gae(x.long(), x, mask))
+    refused("rewards must be floats and mask bools, (B, T)", lambda: discounted_returns(x, mask.float()))
+    refused("gamma must be from 0 to 1; got nan", lambda: gae(x, x, mask, gamma=nan))
+    refused("gae_lambda must be from 0 to 1; got -1", lambda: gae(x, x, mask, gae_lambda=-1))
+    for size, score in ((2, torch.ones(5)), (1, torch.ones(4)), (0, torch.ones(4))):
+        refused("group_size must be at least 2 and divide the scores", lambda k=size, s=score: leave_one_out(s, k))
+
+
+def test_what_is_collected(task, tmp_path):
+    env = textrl.TextEnv(task)
+    refused("episodes must be a whole number; got 1.5", lambda: textrl.collect(env, "x", 1.5, tmp_path / "a"))
+    refused("seed must be a whole number; got None", lambda: textrl.collect(env, "x", 1, tmp_path / "a", seed=None))
+    refused("num_envs must be a whole number", lambda: textrl.TextVectorEnv(task, 10**20))
+    refused("id must be a text", lambda: textrl.register(5, type(task)))
+    masks = np.zeros((1, task.vocab_size), bool)
+    observation = env.reset(seed=0)[0]
+    refused("action_masks must be", lambda: PPO(env, device="cpu").predict(observation, action_masks=masks[0]))
+
+
+def test_agents(task):
+    env = textrl.TextEnv(task)
+    agent = PPO(env, device="cpu")
+    refused("temperature must be a number above 0; got 0", lambda: agent.generate(["a"], temperature=0))
+    refused("log_dir must be a path; got ''", lambda: agent.learn(10, log_dir=""))
+    refused("model must be a language model or a scalar model; got 5", lambda: PPO(env, critic=5, device="cpu"))
+    refused("quantiles must be a tuple of numbers", lambda: ReST(env, quantiles="x", device="cpu"))
+    for cls in (SFT, DPO):
+        refused("dataset must be given", lambda cls=cls: cls(env, device="cpu").learn(10))
+
+
+def test_a_tensor_of_one_number_is_a_score():
+    task = gym.make(
+        "textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("ab"), prompts=["a"], max_new_tokens=2,
+        reward=lambda completions: [torch.tensor(0.5) for _ in completions],
+    ).unwrapped.task  # fmt: skip
+    assert task.evaluate([{"prompt": "a"}] * 2, [[1, 0], [0]]).totals.tolist() == [0.5, 0.5]
