@@ -328,6 +328,19 @@ def test_rest_rests_at_the_optimum() -> None:
     assert elsewhere.update(elsewhere.collect())["train/kept"] < 0.7
 
 
+def test_the_best_of_n_takes_the_arguments_of_generate() -> None:
+    task = Weighted()
+    model = small_model(4, 6, 0)
+    agent = BestOfN(textrl.TextEnv(task), model, n=200, device="cpu")
+    best = {c: task.score(["a"], [c])[0] for c in ("", "a", "b", "c")}
+    assert agent.generate(["a"], max_new_tokens=1) == [max(best, key=lambda c: best[c])]
+    plain = textrl.Agent(textrl.TextEnv(task), model, device="cpu")
+    greedy = {"deterministic": True, "min_new_tokens": 2}
+    assert agent.generate(["a", "b"], **greedy) == plain.generate(["a", "b"], **greedy)  # n times the same
+    with pytest.raises(ValueError, match="max_new_tokens must be at most"):
+        agent.generate(["a"], max_new_tokens=1000)
+
+
 def test_the_best_of_n_scores_as_the_maximum_of_n_draws() -> None:
     task = Weighted()
     model = reference(task, 0)
@@ -419,5 +432,3 @@ def test_what_is_wrong_is_said() -> None:
         BPO(env, weighting="tis", dataset=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(ValueError, match="quantiles must be rising numbers from 0 to 1"):
         ReST(env, quantiles=(0.9, 0.5))
-    with pytest.raises(ValueError, match="left alone for BestOfN"):
-        BestOfN(env).generate(["a"], temperature=0.5)
