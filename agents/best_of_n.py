@@ -16,8 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from textrl.acting import responses_to
 from textrl.agent import Agent, AgentConfig, check, is_bare
 from textrl.asking import AllDropped
+from textrl.generation import Sampling
 from textrl.rollout import Rollout, sample_episodes
 from textrl.task import Row
 
@@ -90,15 +92,19 @@ class BestOfN(Agent):
         stop_strings: Sequence[str] = (),
         deterministic: bool = False,
     ) -> list[str]:
-        """The best response to each prompt, sampled as the environment does; other arguments must be left alone.
+        """The best of n responses to each prompt, drawn as the arguments say (as for every agent).
 
         A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
         """
-        given = (max_new_tokens, temperature, top_k, top_p, min_new_tokens, (*stop_strings,), deterministic)
-        check("arguments beside prompts", given, given == (None, None, 0, 1.0, 0, (), False), "left alone for BestOfN")
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
-        known = {row["prompt"]: row for row in self.task.rows or []}
-        best = self.best([known.get(prompt, {"prompt": prompt}) for prompt in prompts])
-        if len(best) < len(prompts):
-            raise AllDropped(best.dropped)
-        return best.completions
+        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, min_new_tokens, deterministic)
+        size = self.config.n
+        repeated = [prompt for prompt in prompts for _ in range(size)]
+        rows, ids = responses_to(self, repeated, max_new_tokens, sampling, stop_strings)
+        texts = self.task.decode(ids)
+        scores = self.task.evaluate(rows, ids, texts)
+        kept = [i for i in range(len(rows)) if i not in scores.faults]
+        groups = torch.tensor([i // size for i in kept])
+        if len(set(groups.tolist())) < len(prompts):
+            raise AllDropped(list(scores.faults.values()))
+        return [texts[kept[i]] for i in best_of_groups(torch.from_numpy(scores.totals)[kept], groups).tolist()]

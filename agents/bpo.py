@@ -113,6 +113,7 @@ class BPO(Agent):
     ) -> None:
         super().__init__(env, model, config, **settings)
         self._logged: Rollout | None = None
+        self._epochs = Epochs(self.generator)
         if dataset is not None:
             self._read(as_episodes(dataset, self.task, self.device))
 
@@ -135,14 +136,14 @@ class BPO(Agent):
         elif self.config.weighting == "filter":
             weights = best_of_each(returns, groups, self.config.best_share)
         self.weights = weights.cpu() / weights.sum().cpu()  # (B,) how often each episode is drawn
-        self._logged, self._epochs = logged, Epochs(len(logged), self.generator)
+        self._logged = logged
 
     def collect(self) -> Rollout:
         """The next `batch_size` logged episodes: by their weights, or for "tis" in a new order each epoch."""
         check("dataset", None, self._logged is not None, "given for BPO to learn")
         assert self._logged is not None
         if self.config.weighting == "tis":
-            indices = self._epochs.take(self.config.batch_size)
+            indices = self._epochs.take(self.config.batch_size, len(self._logged))
         else:
             indices = torch.multinomial(self.weights, self.config.batch_size, True, generator=self.generator)
         return self._logged.select(indices.to(self.device))

@@ -123,7 +123,7 @@ class DPO(Agent):
         order = torch.randperm(len(self._pairs), generator=torch.Generator().manual_seed(self.config.seed))
         held = held if held >= FEWEST else 0
         self._held, self._learned = order[:held], order[held:]
-        self._epochs = Epochs(len(self._learned), self.generator)
+        self._epochs = Epochs(self.generator)
         self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
         self.best_loss = self.held_out_loss = math.inf
 
@@ -151,8 +151,8 @@ class DPO(Agent):
         if self._reference is None or self._reference_of != self._digest:
             self._reference, self._reference_of = torch.full((len(self._pairs), 2), torch.nan), self._digest
             self.best, self.best_loss = [], math.inf
-            self._epochs = Epochs(len(self._learned), self.generator)
-        indices = self._learned[self._epochs.take(self.config.batch_size)]
+            self._epochs = Epochs(self.generator)
+        indices = self._learned[self._epochs.take(self.config.batch_size, len(self._learned))]
         return self._rollout(indices, self._known(indices if self.base.reference else torch.arange(len(self._pairs))))
 
     def _known(self, indices: Tensor) -> Tensor:

@@ -122,7 +122,10 @@ class PPO(Agent):
         self.value_head: nn.Linear | None = None
         if self.config.critic == "shared":
             check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
-            width = self.model.config.get_text_config().hidden_size
+            width: int | None = getattr(self.model.config.get_text_config(), "hidden_size", None)
+            model = type(self.model).__name__
+            check("critic", "shared", width is not None, f'"separate" for {model}, which has no hidden states to read')
+            assert width is not None
             self.value_head = nn.Linear(width, 1).to(device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)

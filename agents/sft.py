@@ -69,7 +69,7 @@ class SFT(Agent):
         if dataset is not None:
             rows, end = dataset_rows(dataset, self.read_dataset), self.config.end_token
             self._examples = rows.each(lambda row: example_ids(self.task, row, end, rows.strict))
-        self._epochs = Epochs(len(self._examples), self.generator)
+        self._epochs = Epochs(self.generator)
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
@@ -79,7 +79,7 @@ class SFT(Agent):
     def collect(self) -> Rollout:
         """The next `batch_size` examples, in an order shuffled anew each epoch."""
         check("dataset", None, len(self._examples) > 0, "given for SFT to learn")
-        examples = [self._examples[i] for i in self._epochs.take(self.config.batch_size).tolist()]
+        examples = [self._examples[i] for i in self._epochs.take(self.config.batch_size, len(self._examples)).tolist()]
         prompts, responses = zip(*examples, strict=True)
         return given_rollout(self.task, prompts, responses, self.device)
 

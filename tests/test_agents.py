@@ -408,3 +408,15 @@ def test_agents_reach_the_optimum(kind, seed):
     agent = kind(env, model, learning_rate=0.05, batch_size=128, seed=seed)
     agent.learn(40_000 if several_steps_a_batch else 200_000)
     assert textrl.evaluate_exact(task, agent.model, env.reference, 0.1).share > 0.95
+
+
+def test_an_agent_may_be_loaded_without_its_adaptive_coefficient(tmp_path):
+    env = textrl.TextEnv(Bigrams(), reference=small_model(4, 6, 0), kl_coef=0.1)
+    PPO(env, small_model(4, 6, 0), kl_target=1.0, batch_size=8, device="cpu").learn(30).save(tmp_path / "agent")
+    assert PPO.load(tmp_path / "agent", env, kl_target=None).learn(30).kl is None
+
+
+def test_a_shared_critic_needs_hidden_states():
+    task = Bigrams()
+    with pytest.raises(ValueError, match='critic must be "separate" for TabularLM, which has no hidden states to read'):
+        PPO(textrl.TextEnv(task), textrl.tabular_model(task), critic="shared")

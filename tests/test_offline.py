@@ -108,10 +108,12 @@ def test_what_is_not_known_of_given_responses_is_nan_and_not_reported() -> None:
 
 
 def test_every_example_comes_once_an_epoch() -> None:
-    epochs = Epochs(10, torch.Generator().manual_seed(0))
-    first, second = (torch.cat([epochs.take(4), epochs.take(4), epochs.take(2)]) for _ in range(2))
+    epochs = Epochs(torch.Generator().manual_seed(0))
+    first, second = (torch.cat([epochs.take(4, 10), epochs.take(4, 10), epochs.take(2, 10)]) for _ in range(2))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
     assert first.tolist() != second.tolist()
+    epochs.take(4, 10)
+    assert sorted(epochs.take(3, 3).tolist()) == [0, 1, 2]  # other examples
 
 
 def test_pairs_are_never_split_and_weigh_the_same() -> None:
@@ -274,6 +276,26 @@ def test_without_a_reference_dpo_starts_from_its_own_model(tmp_path: Any) -> Non
         used.learn(10)
 
 
+@pytest.mark.parametrize("cls", [SFT, BPO])
+def test_loaded_without_its_data_an_agent_is_used_and_with_other_data_it_learns(cls: Any, tmp_path: Any) -> None:
+    env = textrl.TextEnv(Weighted(), reference=small_model(4, 6, 1), kl_coef=0.1)
+    rows = [{"prompt": "a", "completion": text} for text in ("a", "b", "c", "ab", "ac", "bc", "ba", "ca")]
+    agent = cls(env, small_model(4, 6, 0), dataset=rows, batch_size=3, device="cpu").learn(60)
+    agent.save(tmp_path / "agent")
+    used = cls.load(tmp_path / "agent", env)
+    assert used.generate(["a"], deterministic=True) == agent.generate(["a"], deterministic=True)
+    with pytest.raises(ValueError, match="dataset must be given"):
+        used.learn(10)
+    other = cls.load(tmp_path / "agent", env, dataset=rows[:2])
+    assert {text for _ in range(4) for text in read(other, other.collect())} <= {"a", "b"}
+    other.learn(30)
+
+
+def read(agent: textrl.Agent, rollout: Rollout) -> list[str]:
+    responses = [row[int(n) :] for row, n in zip(rollout.tokens, rollout.prompt_lengths, strict=True)]
+    return agent.task.decode([response.tolist() for response in responses])
+
+
 def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None:
     task = Weighted()
     ref = reference(task, 0)
@@ -304,6 +326,19 @@ def test_rest_rests_at_the_optimum() -> None:
     assert agent.update(agent.collect())["train/kept"] > 0.99
     elsewhere = ReST(env, copy.deepcopy(ref).requires_grad_(True), device="cpu", learning_rate=0.0)
     assert elsewhere.update(elsewhere.collect())["train/kept"] < 0.7
+
+
+def test_the_best_of_n_takes_the_arguments_of_generate() -> None:
+    task = Weighted()
+    model = small_model(4, 6, 0)
+    agent = BestOfN(textrl.TextEnv(task), model, n=200, device="cpu")
+    best = {c: task.score(["a"], [c])[0] for c in ("", "a", "b", "c")}
+    assert agent.generate(["a"], max_new_tokens=1) == [max(best, key=lambda c: best[c])]
+    plain = textrl.Agent(textrl.TextEnv(task), model, device="cpu")
+    greedy = {"deterministic": True, "min_new_tokens": 2}
+    assert agent.generate(["a", "b"], **greedy) == plain.generate(["a", "b"], **greedy)  # n times the same
+    with pytest.raises(ValueError, match="max_new_tokens must be at most"):
+        agent.generate(["a"], max_new_tokens=1000)
 
 
 def test_the_best_of_n_scores_as_the_maximum_of_n_draws() -> None:
@@ -397,5 +432,3 @@ def test_what_is_wrong_is_said() -> None:
         BPO(env, weighting="tis", dataset=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(ValueError, match="quantiles must be rising numbers from 0 to 1"):
         ReST(env, quantiles=(0.9, 0.5))
-    with pytest.raises(ValueError, match="left alone for BestOfN"):
-        BestOfN(env).generate(["a"], temperature=0.5)

@@ -99,6 +99,17 @@ def on_prompts(
     stop_strings: Sequence[str] = (),
 ) -> list[str]:
     """One response to each prompt, as text."""
+    return agent.task.decode(responses_to(agent, prompts, max_new_tokens, sampling, stop_strings)[1])
+
+
+def responses_to(
+    agent: Agent,
+    prompts: list[str],
+    max_new_tokens: int | None,
+    sampling: Sampling,
+    stop_strings: Sequence[str] = (),
+) -> tuple[list[Row], list[list[int]]]:
+    """The task's row of each prompt, and the token ids of one response to each."""
     check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
     check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
     task = agent.task
@@ -122,7 +133,7 @@ def on_prompts(
         stop=stop_at(stop_strings, task.decode) if stop_strings else None,
     )
     lengths = sampled.lengths.tolist()
-    return task.decode([r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)])
+    return rows, [r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)]
 
 
 def allowed_at(batch: Rollout) -> Tensor | None:

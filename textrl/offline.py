@@ -122,16 +122,17 @@ class Epochs:
     """Indices of examples, in an order shuffled anew for each pass over all of them.
 
     Args:
-        size: how many examples there are.
         generator: of the orders.
     """
 
-    def __init__(self, size: int, generator: torch.Generator) -> None:
-        self.size, self.generator = size, generator
+    def __init__(self, generator: torch.Generator) -> None:
+        self.size, self.generator = 0, generator
         self._order = torch.zeros(0, dtype=torch.int64)
 
-    def take(self, count: int) -> Tensor:
-        """The next `count` indices: (count,) int64."""
+    def take(self, count: int, size: int) -> Tensor:
+        """The next `count` indices of `size` examples: (count,) int64. Another size than before begins anew."""
+        if size != self.size:
+            self.size, self._order = size, torch.zeros(0, dtype=torch.int64)
         while len(self._order) < count:
             self._order = torch.cat([self._order, torch.randperm(self.size, generator=self.generator)])
         taken, self._order = self._order[:count], self._order[count:]

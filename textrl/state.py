@@ -133,7 +133,7 @@ def unpack(value: Any, tensors: Tensors, device: torch.device, current: Any = No
         return Rollout(**unpack(content, tensors, device))
     if kind == "space":
         current._np_random = unpack(content, tensors, device, current._np_random)
-    elif kind == "part":
+    elif kind == "part" and current is not None:  # an agent loaded without it, as with kl_target=None, has no place
         unpack_attributes(current, content, tensors, device)
     elif kind == "state":
         current.load_state_dict(unpack(content, tensors, device))
