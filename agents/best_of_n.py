@@ -97,7 +97,9 @@ class BestOfN(Agent):
         A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
         """
         check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
-        sampling = Sampling(temperature or self.base.temperature, top_k, top_p, min_new_tokens, deterministic)
+        if temperature is None:
+            temperature = self.base.temperature
+        sampling = Sampling(temperature, top_k, top_p, min_new_tokens, deterministic)
         size = self.config.n
         repeated = [prompt for prompt in prompts for _ in range(size)]
         rows, ids = responses_to(self, repeated, max_new_tokens, sampling, stop_strings)
