@@ -1,13 +1,14 @@
 """ReST: reinforced self-training: grow a batch of samples, keep the good ones, fit them, again (Gulcehre 2023).
 
     grow      y ~ mu = pi as it is, R = score - kl_coef * (log mu - log pi_ref)
-    improve   for each of a few rising thresholds tau: keep y with probability min(1, exp((R - tau) / kl_coef)),
-              loss = -mean log pi(y_t | x, y_<t) over what was kept
+    improve   for each of a few rising thresholds tau: w = min(1, exp((R - tau) / kl_coef)),
+              loss = -mean w(y) log pi(y_t | x, y_<t) / mean w
 
-Without a KL penalty the filter is hard, R >= tau, as in the paper. With one it is rejection sampling (Liu 2024, RSO):
-mu exp(R / kl_coef) is pi_ref exp(score / kl_coef), so that for a high threshold the samples kept are those of the
-optimum, and at the optimum R is the same for every response and all are kept: it is where the iteration rests. The
-first batch may be a logged one, from whatever mu.
+Without a KL penalty the filter is hard, w = 1 where R >= tau, as in the paper. With one it is rejection sampling (Liu
+2024, RSO) with the chance to be kept as a weight, which is less noisy than a draw: mu exp(R / kl_coef) is pi_ref
+exp(score / kl_coef), so that for a high threshold the weights are those of the optimum, and at the optimum R is the
+same for every response and all are kept: it is where the iteration rests. A batch is large, because what is fitted is
+the sample and not mu: its noise stays in the policy. The first batch may be a logged one, from whatever mu.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ class ReSTConfig(AgentConfig):
     """Settings of ReST."""
 
     batch_size: int = 64  # episodes a step of the fit
-    grow_batches: int = 8  # so many batches are sampled at once
+    grow_batches: int = 32  # so many batches are sampled at once
     group_size: int = 8  # samples of each prompt: thresholds are quantiles within a prompt
     quantiles: tuple[float, ...] = (0.5, 0.7, 0.9)  # of the returns: the thresholds of the improve steps, rising
     epochs: int = 1  # passes over what each threshold kept
-    cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -51,10 +51,13 @@ class ReSTConfig(AgentConfig):
         check("quantiles", self.quantiles, given, "a tuple of numbers from 0 to 1")
         rising = [0.0, *self.quantiles, 1.0]
         check("quantiles", self.quantiles, len(rising) > 2 and rising == sorted(rising), "rising numbers from 0 to 1")
-        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
 
 
-def keep_probabilities(returns: Tensor, groups: Tensor, quantile: float, kl_coef: float) -> Tensor:
+NOTHING = 0.01
+"""Responses of less weight are left out of a fit: they cost as much as others."""
+
+
+def keep_weights(returns: Tensor, groups: Tensor, quantile: float, kl_coef: float) -> Tensor:
     """min(1, exp((R - tau) / kl_coef)), or R >= tau without a penalty; tau is each prompt's quantile: (B,) -> (B,)."""
     kept = torch.zeros(len(returns), device=returns.device)
     for group in set(groups.tolist()):
@@ -117,23 +120,24 @@ class ReST(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve: fits what each of the rising thresholds keeps."""
-        self.cool_down(self.config.cooldown)
         returns, groups = rollout.rewards.sum(1), prompt_groups(rollout)
         rollout = replace(rollout, group_size=1)
         steps: list[dict[str, float]] = []
-        kept = 0
+        kept = 0.0
         for quantile in self.config.quantiles:
-            keep = keep_probabilities(returns, groups, quantile, self.base.kl_coef)
-            uniforms = torch.rand(len(keep), generator=self.generator).to(keep.device)
-            chosen = (uniforms < keep).nonzero()[:, 0]
-            kept += len(chosen)
+            weights = keep_weights(returns, groups, quantile, self.base.kl_coef)
+            kept += float(weights.mean()) / len(self.config.quantiles)
+            chosen = (weights >= NOTHING).nonzero()[:, 0]
+            weights = torch.where(rollout.action_mask, (weights / weights[chosen].mean())[:, None], 0.0)  # (B, T)
+            rollout = replace(rollout, advantages=weights)
             for _ in range(self.config.epochs):
                 for part in self.shuffled(len(chosen), -(-len(chosen) // self.config.batch_size)):
                     steps.append(self.minimise(self._loss, rollout.select(chosen[part])))
         numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        numbers["kept"] = kept / (len(rollout) * len(self.config.quantiles))
+        numbers["kept"] = kept
         return {f"train/{key}": value for key, value in numbers.items()}
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy of the episodes that were kept."""
-        return masked_mean(-self.logprobs(batch), batch.action_mask), {}
+        """The cross-entropy of the episodes, by their weights."""
+        assert batch.advantages is not None
+        return masked_mean(-self.logprobs(batch) * batch.advantages, batch.action_mask), {}

@@ -14,7 +14,7 @@ from textrl.agents import BPO, DPO, SFT, BestOfN, ReST
 from textrl.agents.best_of_n import best_of_groups, kl_bound
 from textrl.agents.bpo import advantage_weights, best_of_each, truncated_importance_loss
 from textrl.agents.dpo import ipo_loss, sigmoid_loss
-from textrl.agents.rest import keep_probabilities
+from textrl.agents.rest import keep_weights
 from textrl.exact import evaluate_exact
 from textrl.offline import Epochs, encode_response, given_rollout, prompt_groups
 from textrl.policy import CausalPolicy, small_model
@@ -224,12 +224,10 @@ def test_truncated_importance_loss_by_hand() -> None:
 
 def test_the_filter_of_rest_by_hand() -> None:
     returns, groups = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1])
-    assert keep_probabilities(returns, groups, 0.5, 0.0).tolist() == [0, 1, 1, 1, 1]
-    soft = keep_probabilities(returns, groups, 0.5, 0.5).tolist()
+    assert keep_weights(returns, groups, 0.5, 0.0).tolist() == [0, 1, 1, 1, 1]
+    soft = keep_weights(returns, groups, 0.5, 0.5).tolist()
     assert soft == pytest.approx([math.exp(-2), 1, 1, 1, 1])
-    assert keep_probabilities(returns, groups, 1.0, 0.5).tolist() == pytest.approx(
-        [math.exp(-4), math.exp(-2), 1, 1, 1]
-    )
+    assert keep_weights(returns, groups, 1.0, 0.5).tolist() == pytest.approx([math.exp(-4), math.exp(-2), 1, 1, 1])
 
 
 def test_best_of_n_by_hand() -> None:
