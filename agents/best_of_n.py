@@ -19,7 +19,7 @@ from torch import Tensor
 from textrl.acting import responses_to
 from textrl.agent import Agent, AgentConfig, check, is_bare
 from textrl.asking import AllDropped
-from textrl.generation import Sampling
+from textrl.drawing import Sampling
 from textrl.rollout import Rollout, sample_episodes
 from textrl.task import Row
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from textrl.adapters import frozen_copy
 from textrl.agent import AgentConfig, check
-from textrl.generation import within_top_p
+from textrl.drawing import within_top_p
 from textrl.policy import CausalPolicy
 from textrl.rollout import Rollout
 from textrl.stepwise import StepwiseLM

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import textrl
 from textrl.agents import PPO, REINFORCE, SFT
-from textrl.generation import Sampling, draw, generate
+from textrl.drawing import Sampling, draw
+from textrl.generation import generate
 from textrl.optim import Optimizer
 from textrl.policy import (
     CausalPolicy,

@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import textrl.generation
 import textrl.policy
 import textrl.slots
+from textrl.drawing import Sampling
 from textrl.flat import FlatGPT2, FlatLlama, attention, flat_of
-from textrl.generation import Sampling, generate
+from textrl.generation import generate
 from textrl.policy import CausalPolicy, recompute_blocks, small_model, value_model, values_at, without_dropout
 from textrl.stepwise import StepwiseLM
 

@@ -6,8 +6,9 @@ import torch
 
 import textrl
 from textrl.agents import PPO
+from textrl.drawing import Sampling
 from textrl.envs.copy import Copy
-from textrl.generation import Sampling, generate, stop_at
+from textrl.generation import generate, stop_at
 from textrl.policy import CausalPolicy, small_model
 
 TOKENIZER = textrl.symbol_tokenizer(["a", "b", "c", "ab", "bc"])

@@ -10,7 +10,7 @@ import torch
 
 import textrl
 from textrl.agents import DPO, PPO, SFT, ReST
-from textrl.generation import Sampling
+from textrl.drawing import Sampling
 from textrl.kl import AdaptiveKL
 from textrl.returns import discounted_returns, gae, leave_one_out, masked_mean
 from textrl.reward_training import RewardModelConfig

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .arguments import check_observations
 from .config import check
-from .generation import Sampling, draw, generate, stop_at
+from .drawing import Sampling, draw
+from .generation import generate, stop_at
 from .models import longest_text
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled
 from .stepping import collect_stepped, is_bare

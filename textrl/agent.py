@@ -19,9 +19,9 @@ from .acting import allowed_at as allowed_at
 from .config import AgentConfig as AgentConfig
 from .config import as_path, make_config
 from .config import check as check
+from .drawing import Sampling
 from .failures import ask_as_configured
 from .files import read_rows
-from .generation import Sampling
 from .loop import Callback
 from .memory import Loss as Loss
 from .memory import accumulate_gradients, halving

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
+from .drawing import Sampling, draw
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset
-from .generation import Sampling, draw
 from .policy import CausalPolicy, load_model
 from .rollout import Rollout, collect_sampled
 from .stepping import Act, collect_stepped

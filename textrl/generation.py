@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import check
+from .drawing import Sampling, draw
 from .models import check_length
 from .policy import CausalPolicy
 from .replay import CHECK_EVERY, RECORDERS, replay
@@ -30,48 +27,6 @@ class NotFinite(ValueError):
 
     def __init__(self) -> None:
         super().__init__("model gives logits that are not finite: its weights are broken, or its dtype is too small")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Attributes:
-        temperature: divides the logits.
-        top_k: only the k most probable tokens (0: all).
-        top_p: only the most probable tokens whose probabilities reach p together (1: all).
-        min_new_tokens: the end token cannot come before this many tokens.
-        greedy: the most probable token in place of a drawn one.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        for name, value, fine, right in (
-            ("temperature", self.temperature, _within(self.temperature, numbers.Real, above=0), "a number above 0"),
-            ("top_k", self.top_k, _within(self.top_k, numbers.Integral, least=0), "a whole number of at least 0"),
-            ("top_p", self.top_p, _within(self.top_p, numbers.Real, above=0, most=1), "above 0 and at most 1"),
-            (
-                "min_new_tokens",
-                self.min_new_tokens,
-                _within(self.min_new_tokens, numbers.Integral, least=0),
-                "a whole number of at least 0",
-            ),
-        ):
-            check(name, value, fine, right)
-
-
-def _within(
-    value: Any, kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
-) -> bool:
-    """Whether this is a finite number of a kind within bounds."""
-    whole = isinstance(value, kind) and not isinstance(value, bool)
-    return whole and least <= value <= most and above < value < math.inf
 
 
 Stop = Callable[[list[list[int]]], Sequence[bool]]
@@ -113,47 +68,6 @@ class Generation:
     lengths: Tensor
     logprobs: Tensor
     values: Tensor | None = None
-
-
-def within_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """The fewest most probable tokens whose probabilities reach `top_p` together: (..., V) -> (..., V) bool."""
-    ordered, order = logits.sort(-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    within = probabilities.cumsum(-1) - probabilities < top_p
-    return torch.zeros_like(within).scatter(-1, order, within)
-
-
-def draw(
-    logits: Tensor, uniforms: Tensor, sampling: Sampling, forbidden: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draws one token a row by the inverse of the cumulative distribution.
-
-    Args:
-        logits: (B, V) float32.
-        uniforms: (B,) in [0, 1), one random number a row: a row's draw depends on no other row.
-        sampling: temperature and truncation.
-        forbidden: (B, V) bool, tokens that cannot come.
-
-    Returns:
-        tokens (B,) and their log-probabilities (B,) under the truncated, renormalised distribution.
-    """
-    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    if forbidden is not None:
-        scaled = scaled.masked_fill(forbidden, -torch.inf)
-    if sampling.top_k and sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, -1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    if sampling.top_p < 1:
-        scaled = scaled.masked_fill(~within_top_p(scaled, sampling.top_p), -torch.inf)
-    probabilities = scaled.softmax(-1)
-    if sampling.greedy:
-        tokens = scaled.argmax(-1)
-    else:
-        cumulative = probabilities.cumsum(-1)  # (B, V)
-        total = cumulative[:, -1:]
-        point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=scaled.shape[-1] - 1)  # for NaN
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ class Session:
         """Lets the policy draw tokens."""
         import torch
 
-        from .generation import Sampling, draw
+        from .drawing import Sampling, draw
 
         check("/go", argument, argument in ("", "all") or argument.isdecimal(), "a number of tokens, or all")
         count = self.task.max_new_tokens if argument == "all" else int(argument or 1)

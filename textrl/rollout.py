@@ -15,8 +15,9 @@ from .batch import lower_states
 from .batch import microbatches as microbatches
 from .batch import pad_responses as pad_responses
 from .batch import without as without
+from .drawing import Sampling
 from .env import TextEnv
-from .generation import Sampling, generate
+from .generation import generate
 from .policy import CausalPolicy
 from .returns import masked_mean
 from .task import Row, Task
