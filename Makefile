@@ -23,7 +23,7 @@ types: $(VENV)/test.done
 	$(BIN)/mypy
 
 # The built wheel in an environment of its own, under the tests that a file or an entry point left out of it would fail.
-WHEEL_TESTS := test_imports.py test_envs_conformance.py test_cli.py test_plugins.py test_report.py test_render.py test_rlhf.py
+WHEEL_TESTS := test_imports.py test_envs_conformance.py test_cli.py test_plugins.py test_report.py test_render.py
 wheel: $(VENV)/test.done
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist

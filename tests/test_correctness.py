@@ -466,3 +466,26 @@ def test_the_gradient_of_each_model_is_clipped_by_its_own_norm() -> None:
         assert norm == pytest.approx(math.sqrt(6 * 0.25**2 + 3 * scale**2))
         steps.append(policy.weight.detach().clone())
     torch.testing.assert_close(steps[0], steps[1], atol=0, rtol=0)
+
+
+def test_weights_below_float32_are_stepped_through_float32_copies():
+    torch.manual_seed(0)
+    weights = [
+        nn.Parameter(torch.randn(7, 5).bfloat16()),
+        nn.Parameter(torch.randn(3)),
+        nn.Parameter(torch.randn(4).half()),
+    ]
+    copies = [nn.Parameter(weight.detach().float()) for weight in weights]
+    optimizer, plain = (
+        Optimizer(weights, learning_rate=0.1),
+        torch.optim.AdamW(copies, lr=0.1, eps=1e-5, weight_decay=0, fused=True),
+    )
+    for _ in range(3):
+        for weight, wide in zip(weights, copies, strict=True):
+            weight.grad = torch.randn_like(weight)
+            wide.grad = weight.grad.float()
+        norm = nn.utils.clip_grad_norm_(copies, 1.0)
+        plain.step()
+        assert optimizer.step() == pytest.approx(float(norm), rel=1e-6)
+        for weight, wide in zip(weights, copies, strict=True):
+            assert torch.equal(weight, wide.to(weight.dtype))

@@ -69,18 +69,20 @@ class Optimizer:
         A norm that is not finite takes no step and is counted in `skipped`.
         """
         live = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
-        for parameter, master in live:
-            if parameter is not master:
-                master.grad = parameter.grad.float()  # type: ignore[union-attr]
+        low = [(p, m) for p, m in live if p is not m]
+        if low:  # all at once: on a GPU a copy for each would cost more than the step
+            wide = [torch.empty_like(master) for _, master in low]
+            torch._foreach_copy_(wide, [p.grad for p, _ in low if p.grad is not None])
+            for (_, master), gradient in zip(low, wide, strict=True):
+                master.grad = gradient
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         norms = [nn.utils.clip_grad_norm_(self.masters[group], limit) for group in self.groups]
         norm = float(torch.stack(norms).norm())
         if math.isfinite(norm):
             self.adam.step()
-            with torch.no_grad():
-                for parameter, master in live:
-                    if parameter is not master:
-                        parameter.copy_(master)
+            if low:
+                with torch.no_grad():
+                    torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])
         else:
             self.skipped += 1
         self.zero_grad()
