@@ -475,7 +475,7 @@ def test_weights_below_float32_are_stepped_through_float32_copies():
         nn.Parameter(torch.randn(3)),
         nn.Parameter(torch.randn(4).half()),
     ]
-    copies = [nn.Parameter(weight.detach().float()) for weight in weights]
+    copies = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
     optimizer, plain = (
         Optimizer(weights, learning_rate=0.1),
         torch.optim.AdamW(copies, lr=0.1, eps=1e-5, weight_decay=0, fused=True),
