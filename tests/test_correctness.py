@@ -476,14 +476,12 @@ def test_weights_below_float32_are_stepped_through_float32_copies():
         nn.Parameter(torch.randn(4).half()),
     ]
     copies = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
-    optimizer, plain = (
-        Optimizer(weights, learning_rate=0.1),
-        torch.optim.AdamW(copies, lr=0.1, eps=1e-5, weight_decay=0, fused=True),
-    )
+    optimizer = Optimizer(weights, learning_rate=0.1)
+    plain = torch.optim.AdamW(copies, lr=0.1, eps=1e-5, weight_decay=0, fused=True)
     for _ in range(3):
         for weight, wide in zip(weights, copies, strict=True):
             weight.grad = torch.randn_like(weight)
-            wide.grad = weight.grad.float()
+            wide.grad = weight.grad.float().clone()
         norm = nn.utils.clip_grad_norm_(copies, 1.0)
         plain.step()
         assert optimizer.step() == pytest.approx(float(norm), rel=1e-6)
