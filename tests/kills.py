@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -93,13 +94,19 @@ def kill_runs(agent, runs, folder, seed=0):
     for number in range(runs):
         run = folder / f"{agent}-{number}"
         fresh = [*arguments, "--log-dir", str(run)]
-        for _ in range(rng.randint(1, 3)):
-            pid = start(["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors)
-            time.sleep(rng.uniform(0.1, 1.0) * length)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            kills += finish(pid) == -signal.SIGKILL
-            wrong += [f"run {number}: {each}" for each in unreadable(run)]
+        killed = 0
+        while not killed:  # one that was done before it could be killed does not count
+            shutil.rmtree(run, ignore_errors=True)
+            for _ in range(rng.randint(1, 3)):
+                pid = start(
+                    ["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors
+                )
+                time.sleep(rng.uniform(0.1, 1.0) * length)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                killed += finish(pid) == -signal.SIGKILL
+                wrong += [f"run {number}: {each}" for each in unreadable(run)]
+        kills += killed
         resumed += bool(Checkpoints(run, 2).steps())
         code = finish(
             start(["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors)
