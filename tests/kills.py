@@ -67,6 +67,12 @@ def arguments_of(agent, folder):
     return arguments
 
 
+def begun_or_resumed(arguments, run):
+    """The command line that begins a run, or goes on with it once it has begun."""
+    begun = (run / "run.json").exists()
+    return ["train", "--resume", str(run), "--quiet"] if begun else [*arguments, "--log-dir", str(run)]
+
+
 def unreadable(run):
     """Checkpoints of a killed run that are not whole; leftovers under names with a dot are none."""
     found = []
@@ -93,14 +99,11 @@ def kill_runs(agent, runs, folder, seed=0):
     wrong = []
     for number in range(runs):
         run = folder / f"{agent}-{number}"
-        fresh = [*arguments, "--log-dir", str(run)]
         killed = 0
         while not killed:  # one that was done before it could be killed does not count
             shutil.rmtree(run, ignore_errors=True)
             for _ in range(rng.randint(1, 3)):
-                pid = start(
-                    ["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors
-                )
+                pid = start(begun_or_resumed(arguments, run), errors)
                 time.sleep(rng.uniform(0.1, 1.0) * length)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -108,9 +111,7 @@ def kill_runs(agent, runs, folder, seed=0):
                 wrong += [f"run {number}: {each}" for each in unreadable(run)]
         kills += killed
         resumed += bool(Checkpoints(run, 2).steps())
-        code = finish(
-            start(["train", "--resume", str(run), "--quiet"] if (run / "run.json").exists() else fresh, errors)
-        )
+        code = finish(start(begun_or_resumed(arguments, run), errors))
         if code or outcome(run) != right:
             wrong.append(f"run {number}: exit code {code}, other bytes")
     said = errors.read_text() if errors.exists() else ""
