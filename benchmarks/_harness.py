@@ -179,7 +179,7 @@ def options(about: str) -> argparse.ArgumentParser:
 
 def wanted(name: str, only: list[str]) -> bool:
     """Whether a row is asked for."""
-    return not only or any(part in name for part in only)
+    return not only or any(part.lower() in name.lower() for part in only)
 
 
 def finish(rows: dict[str, Any], out: Path | None) -> None:
