@@ -367,3 +367,19 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
         (tmp_path / name).mkdir()
     agents.REINFORCE(sampled()).save(tmp_path / "a")
     assert sorted(each.name for each in tmp_path.iterdir()) == [".a-mine", ".b-0k_q9xyz", "a"]
+
+
+def test_what_was_saved_before_comes_back_where_the_new_cannot_take_its_place(tmp_path, monkeypatch):
+    agents.REINFORCE(sampled(), seed=1).save(tmp_path / "a")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    rename = type(tmp_path).rename
+
+    def fails_for_the_new_one(self, target):
+        if str(target) == str(tmp_path / "a") and not self.name.endswith("-old"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fails_for_the_new_one)
+    with pytest.raises(ValueError, match=r"could not be written: .*No space left"):
+        agents.REINFORCE(sampled(), seed=2).save(tmp_path / "a")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before

@@ -59,7 +59,6 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
         part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
@@ -72,9 +71,12 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
             old = folder.rename(part.with_name(part.name + "-old"))
         part.rename(folder)
         sync(folder.parent)
+        _remove_leftovers(folder)  # not before: one of them may be all that a killed process left of the old content
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
     finally:
+        if old != part and not folder.exists():  # the new one could not take its place
+            old.rename(folder)
         for each in (part, old):
             shutil.rmtree(each, ignore_errors=True)
 
