@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from textrl.arguments import MOST
 from textrl.config import as_path, check, check_type
 
 
@@ -48,7 +49,7 @@ class RLHFConfig:
             if isinstance(value, float):
                 check(name, value, math.isfinite(value), "a finite number")
             if field.type == "int" and name != "seed":
-                check(name, value, 1 <= value <= 10**9, "from 1 to 1,000,000,000")
+                check(name, value, 1 <= value <= MOST, f"from 1 to {MOST:,}")
             if name in ("minutes", "pair_gap", "temperature"):
                 check(name, value, value > 0, "above 0")
             if name == "seed" or name.endswith(("_learning_rate", "_coef")):

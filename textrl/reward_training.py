@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
-from .config import as_path, check, check_type
+from .config import check, check_type
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .logging import RunLog
+from .loop import Run
 from .optim import Optimizer
 from .policy import train_last_layers, trainable
 from .runs import Checkpoints, Signals
@@ -193,17 +194,6 @@ def _check_pairs(pairs: Any) -> None:
         check("pairs, column 'group',", kind, "int" in kind, "whole numbers")
 
 
-def _check_run(log_dir: str | Path | None, checkpoint_every: int | None, keep: int, resume: bool) -> None:
-    """Refuses what cannot be how a training logs and saves."""
-    for name, value, kind in (("checkpoint_every", checkpoint_every, "int | None"), ("keep", keep, "int")):
-        check_type(name, value, kind)
-        check(name, value, value is None or value >= 1, "at least 1")
-    if log_dir is not None:
-        as_path("log_dir", log_dir)
-    for name, value in (("checkpoint_every", checkpoint_every), ("resume", resume)):
-        check(name, value, log_dir is not None or not value, "left out without log_dir")
-
-
 def train_reward_model(
     reward_model: RewardModel,
     pairs: Dataset,
@@ -237,7 +227,7 @@ def train_reward_model(
     if not hasattr(reward_model, "pair_scalars"):
         raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
     _check_pairs(pairs)
-    _check_run(log_dir, checkpoint_every, keep, resume)
+    Run(log_dir=log_dir, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
     check("config", config, config is None or isinstance(config, RewardModelConfig), "a RewardModelConfig or None")
     config = config or RewardModelConfig()
     training = _Training(reward_model, pairs, config)
