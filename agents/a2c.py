@@ -52,7 +52,7 @@ class A2C(Agent):
         """One step of actor and critic."""
         config, at_once = self.config, self.config.max_tokens_per_microbatch
         estimator = (config.gamma, config.gae_lambda, config.whiten_advantages)
-        rollout, known = with_advantages(rollout, self.value, at_once, *estimator)
+        rollout, known = with_advantages(self.tempered(rollout), self.value, at_once, *estimator)
         numbers = self.minimise(self._loss, rollout)
         numbers["explained_variance"] = known
         return {f"train/{key}": value for key, value in numbers.items()}

@@ -155,6 +155,8 @@ class PPO(Agent):
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
         shaped, at_once = replace(rollout, rewards=self._shaped(rollout)), config.max_tokens_per_microbatch
+        if self.kl is None:  # a coefficient that follows a target has a course of its own
+            shaped = self.tempered(shaped)
         rollout, known = with_advantages(shaped, self.value, at_once, config.gamma, config.gae_lambda, False)
         assert rollout.advantages is not None
         if config.whiten_advantages:

@@ -69,6 +69,7 @@ class REINFORCE(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step along the policy gradient."""
+        rollout = self.tempered(rollout)
         returns = discounted_returns(rollout.rewards, rollout.action_mask, self.config.gamma)
         advantages = self.advantages(rollout, returns)
         numbers = self.minimise(self._loss, replace(rollout, returns=returns, advantages=advantages))

@@ -226,6 +226,7 @@ class _Run:
             batch_size=config.ppo_batch_size,
             epochs=config.ppo_epochs,
             minibatches=config.ppo_minibatches,
+            score_start=1.0,  # it starts close to where it ends: there is no first good response to settle on
             **self.shared(),
         )
         agent.learn(self.planned(config.ppo_timesteps), **self.saving("ppo", config.ppo_timesteps))

@@ -96,7 +96,8 @@ class TRPO(Agent):
         """One step of the policy, a few of the critic."""
         config = self.config
         estimator = (config.gamma, config.gae_lambda, config.whiten_advantages)
-        rollout, known = with_advantages(rollout, self.value, config.max_tokens_per_microbatch, *estimator)
+        at_once = config.max_tokens_per_microbatch
+        rollout, known = with_advantages(self.tempered(rollout), self.value, at_once, *estimator)
         numbers = self.step(rollout, config.max_kl * self.schedule**2)
         for _ in range(config.critic_epochs):
             for indices in self.shuffled(len(rollout), config.minibatches):

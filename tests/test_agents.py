@@ -319,6 +319,44 @@ def test_learning_rate_falls_to_zero_and_comes_back():
         tabular_agent(REINFORCE, learning_rate_schedule="cosine")
 
 
+def test_the_score_weighs_less_at_first():
+    seen = []
+
+    def note(agent, metrics):
+        seen.append(agent.score_weight)
+
+    agent = tabular_agent(PPO, batch_size=16).learn(1000, callback=note)
+    assert seen[0] == pytest.approx(0.1) and seen == sorted(seen) and seen[len(seen) // 2] == 1
+    assert agent.score_weight == 1
+    seen.clear()
+    agent.learn(300, callback=note)  # what has learned is not sent back
+    assert set(seen) == {1}
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match="score_start must be above 0 and at most 1"):
+            tabular_agent(PPO, score_start=wrong)
+
+
+@pytest.mark.parametrize("kind", ON_POLICY)
+def test_a_score_of_less_weight_is_a_smaller_score(kind):
+    """An update at a weight of 1/2 is one on half the score; without a penalty the score keeps its full weight."""
+
+    def learned(task, weight, kl_coef, **settings):
+        agent = kind(environment(task, kl_coef), tabular_model(task, std=1.0, seed=3), batch_size=32, **settings)
+        agent.score_weight = weight
+        agent.update(agent.collect())
+        return agent.model.lm_head.weight.detach()
+
+    task, half = Bigrams(), Bigrams()
+    half._table = half._table / 2
+    settings = {"learning_rate": 0.1, "max_grad_norm": 0.0}
+    found, wanted = learned(task, 0.5, 0.1, **settings), learned(half, 1.0, 0.1, **settings)
+    assert (found - wanted).norm() < 0.1 * (found - learned(task, 1.0, 0.1, **settings)).norm()
+    assert torch.equal(learned(task, 0.5, 0.0, **settings), learned(task, 1.0, 0.0, **settings))
+    if issubclass(kind, PPO):
+        settings |= {"kl_target": 1.0}
+        assert torch.equal(learned(task, 0.5, 0.1, **settings), learned(task, 1.0, 0.1, **settings))
+
+
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_ppo_is_saved_with_its_critic(tmp_path, critic):
     task = Bigrams()

@@ -60,6 +60,7 @@ class Agent:
         num_updates: calls of `update` so far.
         progress_remaining: share of this call of `learn` that is to come, from 1 to 0, for what follows a schedule.
         schedule: the share of the learning rate in force, from 1 to 0 in the course of `learn`.
+        score_weight: what the score is multiplied by, from `score_start` to 1 in the first call of `learn`.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
@@ -103,6 +104,7 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
+        self.score_weight = 1.0
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
@@ -188,6 +190,14 @@ class Agent:
                 self.config, self.halved = replace(self.config, max_tokens_per_microbatch=now), True
         out["grad_norm"] = self.optimizer.step()
         return out
+
+    def tempered(self, rollout: Rollout) -> Rollout:
+        """A fresh rollout with the score in its rewards multiplied by `score_weight`, and the KL penalty as it was."""
+        weight = self.score_weight if self.base.kl_coef > 0 else 1.0
+        if rollout.ref_logprobs is None or weight == 1:
+            return rollout
+        penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
+        return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)
 
     def cool_down(self, share: float) -> None:
         """Sets the step size of an update: constant, and falling linearly to zero over the last `share` of `learn`."""

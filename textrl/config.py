@@ -24,6 +24,9 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
     batch_size: int = 64  # episodes an update
+    score_start: float = (
+        0.1  # of the score at first, in a run on fresh samples with a KL penalty (`textrl.kl.tempered`)
+    )
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
@@ -47,6 +50,7 @@ class AgentConfig:
                 check(each.name, value, fine, "a finite number")
         for name in ("batch_size", "max_tokens_per_microbatch"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("score_start", self.score_start, 0 < self.score_start <= 1, "above 0 and at most 1")
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
         schedules = ("linear", "constant")

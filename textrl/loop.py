@@ -15,6 +15,7 @@ from .config import as_path, check, check_type
 from .failures import TrainingError as TrainingError
 from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
+from .kl import tempered
 from .logging import RunLog
 from .memory import explained
 from .policy import few_threads
@@ -103,6 +104,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     if agent.num_timesteps >= goal:
         agent.call = None
     agent.anneal(1.0)
+    agent.score_weight = 1.0
 
 
 def _this_call(agent: Agent, total: int | None, checkpoint_every: int | None) -> dict[str, Any]:
@@ -129,6 +131,8 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     agent.progress_remaining = (goal - agent.num_timesteps) / total
     if agent.config.learning_rate_schedule == "linear":
         agent.anneal(agent.progress_remaining)
+    first = goal == total  # call of `learn`
+    agent.score_weight = tempered(agent.config.score_start, 1 - agent.progress_remaining) if first else 1.0
     began = time.perf_counter()
     skipped = agent.optimizer.skipped
     with explained(agent.config):
