@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,8 +43,11 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
     size = batch.group_size if by_group else 1
     total = len(batch) if by_group else max(1, batch.num_tokens)
     out: dict[str, float] = {}
-    for part in microbatches(batch, tokens_at_once, size):
-        piece = batch.select(part, size)
+    if batch.tokens.numel() <= tokens_at_once:
+        pieces = iter([replace(batch, group_size=size)])
+    else:
+        pieces = (batch.select(part, size) for part in microbatches(batch, tokens_at_once, size))
+    for piece in pieces:
         share = (len(piece) if by_group else piece.num_tokens) / total
         value, numbers = loss(piece)
         torch.autograd.backward(value * share)
