@@ -24,9 +24,7 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
     batch_size: int = 64  # episodes an update
-    score_start: float = (
-        0.1  # of the score at first, in a run on fresh samples with a KL penalty (`textrl.kl.tempered`)
-    )
+    score_start: float = 0.1  # weight of the score at first, on fresh samples with a KL penalty; it rises to 1
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
