@@ -96,7 +96,7 @@ class GRPO(Agent):
             advantages = group_normalised(scores, rollout.grouping)
         else:
             advantages = leave_one_out(scores, rollout.grouping) / spread
-        if self.base.kl_coef > 0:
+        if rollout.ref_logprobs is not None and self.base.kl_coef > 0:
             advantages = self.score_weight * advantages
         self._kl_weight = self.base.kl_coef / float(spread)
         rollout = replace(rollout, advantages=torch.where(mask, advantages[:, None], 0.0))

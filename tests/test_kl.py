@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from textrl.kl import AdaptiveKL, full_kl, k1, k2, k3, tempered
+from textrl.kl import AdaptiveKL, full_kl, k1, k2, k3, score_weight
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
@@ -26,9 +26,9 @@ def test_k1_and_k3_are_unbiased_and_k2_is_not():
     assert (k3(P.log(), Q.log()) >= 0).all() and (k1(P.log(), Q.log()) < 0).any()
 
 
-def test_tempered():
-    assert [tempered(1 / 16, done) for done in (0, 1 / 16, 1 / 8, 3 / 16)] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    assert tempered(1 / 16, 0.25) == tempered(1 / 16, 0.6) == tempered(1 / 16, 1) == tempered(1, 0) == 1
+def test_score_weight():
+    assert [score_weight(1 / 16, done) for done in (0, 1 / 16, 1 / 8, 3 / 16)] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert score_weight(1 / 16, 0.25) == score_weight(1 / 16, 0.6) == score_weight(1 / 16, 1) == score_weight(1, 0) == 1
 
 
 def test_full_kl():

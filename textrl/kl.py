@@ -30,14 +30,14 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return terms.where(logprobs.exp() > 0, 0.0).sum(-1)
 
 
-def tempered(start: float, done: float) -> float:
+def score_weight(start: float, done: float) -> float:
     """The weight of the score when a share `done` of the training is over: start^(1 - 4 done), at most 1.
 
     The optimum of weight * score - kl_coef * KL, pi_ref exp(weight * score / kl_coef), moves away from the reference as
     the weight rises, over the first quarter, and the policy follows it. Under the full score at once a softmax policy
     soon draws nothing but the first good responses it met, and its gradient hardly leads away from them again (Mei
-    2020, section 4). The score rises where the penalty could fall: Adam would go on for long with the small steps that
-    suit the large gradients of a large penalty.
+    2020). The score rises where the penalty could fall: Adam would go on for long with the small steps that suit the
+    large gradients of a large penalty.
     """
     return float(start ** max(0.0, 1 - 4 * done))
 

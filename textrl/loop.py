@@ -15,7 +15,7 @@ from .config import as_path, check, check_type
 from .failures import TrainingError as TrainingError
 from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
-from .kl import tempered
+from .kl import score_weight
 from .logging import RunLog
 from .memory import explained
 from .policy import few_threads
@@ -132,7 +132,7 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     if agent.config.learning_rate_schedule == "linear":
         agent.anneal(agent.progress_remaining)
     first = goal == total  # call of `learn`
-    agent.score_weight = tempered(agent.config.score_start, 1 - agent.progress_remaining) if first else 1.0
+    agent.score_weight = score_weight(agent.config.score_start, 1 - agent.progress_remaining) if first else 1.0
     began = time.perf_counter()
     skipped = agent.optimizer.skipped
     with explained(agent.config):
