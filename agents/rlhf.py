@@ -163,7 +163,7 @@ class _Run:
     def shared(self) -> dict[str, Any]:
         """The settings that both agents share."""
         names = ("trainable_layers", "seed", "device", "dtype")
-        return {name: getattr(self.config, name) for name in names}
+        return {"adam_beta2": 0.999, **{name: getattr(self.config, name) for name in names}}
 
     def samples(self, env: Any, model: PreTrainedModel, prompts: Sequence[str]) -> Rollout:
         """One continuation of each prompt; the same random numbers for every model."""

@@ -319,6 +319,27 @@ def test_learning_rate_falls_to_zero_and_comes_back():
         tabular_agent(REINFORCE, learning_rate_schedule="cosine")
 
 
+def test_a_weight_seldom_used_is_not_thrown_far():
+    """One small gradient after 999 steps without: the weight moves 32 learning rates at beta2 0.999, not so here."""
+
+    def moved(**settings):
+        agent = tabular_agent(REINFORCE, learning_rate=0.01, **settings)
+        weight, optimizer = agent.optimizer.masters[0], agent.optimizer
+        start = weight.detach().clone()
+        for step in range(1200):
+            weight.grad = torch.zeros_like(weight)
+            if step == 999:
+                weight.grad[0, 0] = 0.5
+            optimizer.step()
+        return float((start - weight).detach()[0, 0]) / 0.01
+
+    assert moved() == pytest.approx(6.2, abs=0.5)
+    assert moved(adam_beta2=0.999) > 20
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="adam_beta2 must be from 0 to below 1"):
+            tabular_agent(REINFORCE, adam_beta2=wrong)
+
+
 def test_the_score_weighs_less_at_first():
     seen = []
 

@@ -118,6 +118,7 @@ class Agent:
             learning_rate=self.learning_rate,
             max_grad_norm=self.config.max_grad_norm,
             weight_decay=self.config.weight_decay,
+            beta2=self.config.adam_beta2,
         )
 
     # ---- what an agent's author writes -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ class AgentConfig:
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
     max_grad_norm: float = 1.0  # the gradient of each model is clipped to this norm; 0: not at all
     weight_decay: float = 0.0  # of AdamW
+    adam_beta2: float = 0.95  # decay of AdamW's mean of squared gradients; at 0.999 weights seldom used jump
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
     on_score_error: str = "raise"  # when the score of a response fails: "raise", or "drop" the episode and count it
@@ -64,6 +65,7 @@ class AgentConfig:
         check("warn_kl", self.warn_kl, self.warn_kl > 0, "above 0")
         seconds = self.score_timeout
         check("score_timeout", seconds, seconds is None or 0 < seconds < math.inf, "a finite number above 0, or None")
+        check("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "from 0 to below 1")
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
 
 
