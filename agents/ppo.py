@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
+    adam_beta2: float = 0.95  # many small batches: at 0.999 a weight seldom used is thrown far
     epochs: int = 4  # passes over each batch
     minibatches: int = 4  # steps a pass
     clip_coef: float = 0.2  # eps of the ratio

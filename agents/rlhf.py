@@ -163,7 +163,7 @@ class _Run:
     def shared(self) -> dict[str, Any]:
         """The settings that both agents share."""
         names = ("trainable_layers", "seed", "device", "dtype")
-        return {"adam_beta2": 0.999, **{name: getattr(self.config, name) for name in names}}
+        return {name: getattr(self.config, name) for name in names}
 
     def samples(self, env: Any, model: PreTrainedModel, prompts: Sequence[str]) -> Rollout:
         """One continuation of each prompt; the same random numbers for every model."""
@@ -226,6 +226,7 @@ class _Run:
             batch_size=config.ppo_batch_size,
             epochs=config.ppo_epochs,
             minibatches=config.ppo_minibatches,
+            adam_beta2=0.999,  # no weight of a language model is seldom used
             score_start=1.0,  # it starts close to where it ends: there is no first good response to settle on
             **self.shared(),
         )

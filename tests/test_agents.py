@@ -323,7 +323,7 @@ def test_a_weight_seldom_used_is_not_thrown_far():
     """One small gradient after 999 steps without: the weight moves 32 learning rates at beta2 0.999, not so here."""
 
     def moved(**settings):
-        agent = tabular_agent(REINFORCE, learning_rate=0.01, **settings)
+        agent = tabular_agent(GRPO, learning_rate=0.01, **settings)
         weight, optimizer = agent.optimizer.masters[0], agent.optimizer
         start = weight.detach().clone()
         for step in range(1200):
