@@ -3,11 +3,17 @@
     loss = -(1 / N) * sum_t (G - b) * log pi(a_t | s_t)
 
 G is the return of the whole response, the score and all KL penalties: the response counts as one action (Ahmadian
-2024). At the optimum of score - kl_coef * KL this G is the same for every response to a prompt, so the noise of the
-gradient dies out as the policy gets there. `reward_to_go` counts from token t on instead: less noise where rewards come
-early. The baseline b takes no gradient and changes only the variance: nothing, the running mean of the returns, the
-mean of the other samples of the same prompt (leave-one-out, RLOO; Kool 2019), or a learned value of the state, which
-asks for the reward to go.
+2024). `reward_to_go` counts from token t on instead: less noise where rewards come early. The baseline b takes no
+gradient and changes only the variance:
+
+    none           0
+    mean           the running mean of the returns
+    prompt_mean    the mean of the prompt's other samples in the batch and, as one sample more, of the running mean
+    leave_one_out  the mean of the other samples of the same prompt, `group_size` of each     (RLOO; Kool 2019)
+    value          a learned value of the state, which asks for the reward to go
+
+At the optimum of score - kl_coef * KL the return G is the same for every response to a prompt: with a baseline of the
+prompt's own the noise of the gradient dies out as the policy gets there.
 """
 
 from __future__ import annotations
@@ -20,17 +26,18 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
 from textrl.critic import Critic, batched_values, value_loss
-from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var
+from textrl.offline import prompt_groups
+from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var, mean_of_others
 from textrl.rollout import Rollout
 
-BASELINES = ("none", "mean", "leave_one_out", "value")
+BASELINES = ("none", "mean", "prompt_mean", "leave_one_out", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class REINFORCEConfig(AgentConfig):
     """Settings of REINFORCE."""
 
-    baseline: str = "mean"  # "none", "mean" (running), "leave_one_out" (group_size samples a prompt), "value" (learned)
+    baseline: str = "prompt_mean"  # "none", "mean" (running), "prompt_mean", "leave_one_out", "value" (learned)
     reward_to_go: bool = False  # G counts from token t on; always so with "value"
     baseline_decay: float = 0.9  # of the running mean
     group_size: int = 4  # samples of each prompt, for "leave_one_out"
@@ -86,11 +93,13 @@ class REINFORCE(Agent):
         baseline = whole.new_zeros(())
         if self.config.baseline == "leave_one_out":
             baseline = whole - leave_one_out(whole[:, 0], rollout.grouping)[:, None]
-        elif self.config.baseline == "mean":
+        elif self.config.baseline != "none":
             mean, decay = float(whole.mean()), self.config.baseline_decay
             before = mean if self.running_mean is None else self.running_mean
             self.running_mean = decay * before + (1 - decay) * mean
-            baseline += before
+            baseline = baseline + before
+            if self.config.baseline == "prompt_mean":
+                baseline = mean_of_others(whole[:, 0], prompt_groups(rollout), before)[:, None]
         return torch.where(mask, (returns if self.config.reward_to_go else whole) - baseline, 0.0)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -27,6 +27,7 @@ ESTIMATORS: dict[str, tuple[type[textrl.Agent], dict[str, Any], bool]] = {
     "REINFORCE, no baseline": (REINFORCE, {"baseline": "none"}, False),
     "REINFORCE, reward to go": (REINFORCE, {"baseline": "none", "reward_to_go": True}, False),
     "REINFORCE, running mean": (REINFORCE, {"baseline": "mean"}, False),
+    "REINFORCE, prompt mean": (REINFORCE, {}, False),
     "REINFORCE, leave-one-out": (REINFORCE, {"baseline": "leave_one_out"}, False),
     "GRPO": (GRPO, {"scale": "none", "minibatches": 1}, False),
     "A2C, right value, lambda 1": (A2C, {"whiten_advantages": False, "gae_lambda": 1.0}, True),

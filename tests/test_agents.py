@@ -110,8 +110,11 @@ LOG4 = math.log(4)  # every token has probability 1/4 under the uniform policy
 
 def test_reinforce_by_hand():
     # whole returns 3 and 1; their mean 2 is the first baseline: advantages 1, 1 and -1
-    loss, _ = loss_of_first_step(tabular_agent(REINFORCE), fixed_rollout())
+    loss, _ = loss_of_first_step(tabular_agent(REINFORCE, baseline="mean"), fixed_rollout())
     assert loss == pytest.approx((1 + 1 - 1) * LOG4 / 3)
+    # two samples of one prompt: the baselines (2 + 1) / 2 and (2 + 3) / 2
+    loss, _ = loss_of_first_step(tabular_agent(REINFORCE), fixed_rollout())
+    assert loss == pytest.approx((1.5 + 1.5 - 1.5) * LOG4 / 3)
     loss, _ = loss_of_first_step(tabular_agent(REINFORCE, baseline="none"), fixed_rollout())
     assert loss == pytest.approx((3 + 3 + 1) * LOG4 / 3)
     loss, _ = loss_of_first_step(tabular_agent(REINFORCE, baseline="leave_one_out", group_size=2), fixed_rollout())
@@ -125,7 +128,7 @@ def test_reinforce_by_hand():
 
 
 def test_running_mean_baseline():
-    agent = tabular_agent(REINFORCE, baseline_decay=0.9)
+    agent = tabular_agent(REINFORCE, baseline="mean", baseline_decay=0.9)
     first = torch.tensor([[3.0, 3.0], [1.0, 0.0]])
     assert agent.advantages(fixed_rollout(), first).tolist() == [[1, 1], [-1, 0]]
     assert agent.running_mean == pytest.approx(2)

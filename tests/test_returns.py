@@ -13,6 +13,7 @@ from textrl.returns import (
     leave_one_out,
     masked_mean,
     masked_var,
+    mean_of_others,
     whiten,
 )
 
@@ -79,6 +80,11 @@ def test_gae_steps_over_places_that_are_not_the_agents():
     first = (1 + 5 + 0.9 * 1.5 - 0.5) + 0.9 * 0.8 * 0.5
     assert advantages[0].tolist() == pytest.approx([first, 0, 0.5], abs=1e-6)
     assert returns[0].tolist() == pytest.approx([first + 0.5, 0, 2], abs=1e-6)
+
+
+def test_mean_of_others():
+    scores, groups = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
+    assert mean_of_others(scores, groups, 4.0).tolist() == pytest.approx([(4 + 8) / 3, (4 + 7) / 3, (4 + 3) / 3, 4])
 
 
 def test_leave_one_out():

@@ -95,6 +95,15 @@ def leave_one_out(scores: Tensor, group_size: int | Tensor) -> Tensor:
     return (groups - others).view(-1)
 
 
+def mean_of_others(scores: Tensor, groups: Tensor, prior: float) -> Tensor:
+    """The mean over `prior` and the scores of the other samples of its group: (B,), (B,) int64 -> (B,).
+
+    A baseline without bias wherever `prior` does not hang on the scores; that of a prompt's only sample is `prior`.
+    """
+    others = _group_sums(scores, groups) - scores
+    return (prior + others) / _group_sums(torch.ones_like(scores), groups)
+
+
 def group_normalised(scores: Tensor, group_size: int | Tensor) -> Tensor:
     """(score - mean) / (std + 1e-4) within the samples of a prompt (GRPO; Shao 2024): (B,) -> (B,)."""
     if isinstance(group_size, Tensor):
