@@ -90,14 +90,13 @@ class REINFORCE(Agent):
             values = batched_values(self.value, rollout, self.config.max_tokens_per_microbatch)
             return returns - values
         whole = returns.gather(1, mask.int().argmax(1, keepdim=True))  # (B, 1), from the first of the agent's tokens
-        baseline = whole.new_zeros(())
+        baseline: Tensor | float = 0.0
         if self.config.baseline == "leave_one_out":
             baseline = whole - leave_one_out(whole[:, 0], rollout.grouping)[:, None]
         elif self.config.baseline != "none":
             mean, decay = float(whole.mean()), self.config.baseline_decay
-            before = mean if self.running_mean is None else self.running_mean
+            before = baseline = mean if self.running_mean is None else self.running_mean
             self.running_mean = decay * before + (1 - decay) * mean
-            baseline = baseline + before
             if self.config.baseline == "prompt_mean":
                 baseline = mean_of_others(whole[:, 0], prompt_groups(rollout), before)[:, None]
         return torch.where(mask, (returns if self.config.reward_to_go else whole) - baseline, 0.0)

@@ -10,6 +10,7 @@ samples, and a cell has the share of each. Only the learning rate, the batch and
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import itertools
 import time
@@ -27,6 +28,7 @@ from textrl.rollout import Rollout, collect_sampled
 
 LETTERS, HORIZON = "abcd", 5
 ON_POLICY = ("REINFORCE", "A2C", "PPO", "TRPO", "GRPO", "NLPO")
+OTHERS = ("DPO", "BPO", "ReST")  # they fit what is given or was drawn, and have three times the timesteps
 PAIRS, EPISODES = 4096, 8192  # what DPO and BPO are given
 
 
@@ -133,11 +135,11 @@ def drawn(env: textrl.TextEnv, model: PreTrainedModel, episodes: int, seed: int,
     )
 
 
-def labelled(env: textrl.TextEnv, model: PreTrainedModel, seed: int) -> list[dict[str, str]]:
+def labelled(env: textrl.TextEnv, model: PreTrainedModel, pairs: int, seed: int) -> list[dict[str, str]]:
     """Pairs of the model's responses, labelled by Bradley-Terry on the score."""
-    rollout = drawn(env, model, 2 * PAIRS, seed, group_size=2)
+    rollout = drawn(env, model, 2 * pairs, seed, group_size=2)
     first, second = rollout.scores.double().view(-1, 2).T.numpy()
-    wins = np.random.default_rng(seed).random(PAIRS) < 1 / (1 + np.exp(second - first))
+    wins = np.random.default_rng(seed).random(pairs) < 1 / (1 + np.exp(second - first))
     texts = zip(rollout.rows[::2], rollout.completions[::2], rollout.completions[1::2], wins, strict=True)
     return [
         {"prompt": row["prompt"], "chosen": a if won else b, "rejected": b if won else a} for row, a, b, won in texts
@@ -156,33 +158,31 @@ def share(args: argparse.Namespace, name: str, task_name: str, kind: str, kl_coe
     }
     settings |= args.settings
     if name == "DPO":
-        settings["dataset"] = labelled(env, ref, seed)
+        settings["dataset"] = labelled(env, ref, PAIRS, seed)
     elif name == "BPO":
         settings["dataset"] = drawn(env, ref, EPISODES, seed)
     agent = getattr(agents, name)(env, copy.deepcopy(ref), **settings)
-    agent.learn(args.timesteps if name in ON_POLICY else 3 * args.timesteps)
+    agent.learn(3 * args.timesteps if name in OTHERS else args.timesteps)
     return textrl.evaluate_exact(task, agent.model, reference=ref, kl_coef=kl_coef).share
 
 
 def value_of(text: str) -> Any:
-    """A number, a truth value, None or the text itself."""
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"True": True, "False": False, "None": None}.get(text, text)
+    """A number, a truth value or None as Python writes them, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def main() -> None:
     """Prints a row for each task, reference and coefficient, and what a run of each agent took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--agents", nargs="+", default=[*ON_POLICY, "DPO", "BPO", "ReST"])
+    parser.add_argument("--agents", nargs="+", default=[*ON_POLICY, *OTHERS], choices=[*ON_POLICY, *OTHERS])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--references", nargs="+", default=list(REFERENCES), choices=REFERENCES)
     parser.add_argument("--kl-coefs", nargs="+", type=float, default=[0.05, 0.3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--timesteps", type=int, default=100_000, help="three times as many for DPO, BPO and ReST")
+    parser.add_argument("--timesteps", type=int, default=100_000, help=f"three times as many for {OTHERS}")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, help="default: by reference and agent")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the agents")

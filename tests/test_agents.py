@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import benchmark
 
 import textrl
 from textrl.agents import A2C, GRPO, NLPO, PPO, REINFORCE, TRPO
@@ -440,17 +439,9 @@ def test_nlpo_mask_policy_is_slow_and_saved(tmp_path):
 # ---- the exact answer -----------------------------------------------------------------------------------------------
 
 
-def benchmark():
-    path = Path(__file__).parent.parent / "benchmarks" / "gradient_variance.py"
-    spec = importlib.util.spec_from_file_location("gradient_variance", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_estimators_are_unbiased_and_baselines_help():
-    module = benchmark()
+    module = benchmark("gradient_variance")
     found = {name: module.measure(name, 300) for name in module.ESTIMATORS}
     for name, (z, _) in found.items():
         assert z < 2.5, name

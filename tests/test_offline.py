@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import benchmark
 from datasets import Dataset
 
 import textrl
@@ -18,7 +19,7 @@ from textrl.agents.rest import keep_weights
 from textrl.exact import evaluate_exact
 from textrl.offline import Epochs, encode_response, given_rollout, prompt_groups
 from textrl.policy import CausalPolicy, small_model
-from textrl.rollout import Rollout, batched_logprobs, collect_sampled, microbatches
+from textrl.rollout import Rollout, batched_logprobs, microbatches
 from textrl.task import symbol_tokenizer
 
 CPU = torch.device("cpu")
@@ -52,29 +53,12 @@ def reference(task: textrl.Task, seed: int) -> Any:
     return model
 
 
-def sample(env: textrl.TextEnv, model: Any, episodes: int, seed: int, group_size: int = 1) -> Rollout:
-    return collect_sampled(
-        env,
-        CausalPolicy(model, env.task.vocab_size),
-        episodes,
-        rng=np.random.default_rng(seed),
-        generator=torch.Generator().manual_seed(seed),
-        group_size=group_size,
-    )
+OPTIMUM = benchmark("optimum")
+sample = OPTIMUM.drawn
 
 
 def bradley_terry(env: textrl.TextEnv, model: Any, pairs: int, seed: int) -> Dataset:
-    rollout = sample(env, model, 2 * pairs, seed, group_size=2)
-    first, second = rollout.scores.view(-1, 2).double().T.numpy()
-    wins = np.random.default_rng(seed).random(pairs) < 1 / (1 + np.exp(second - first))
-    texts = rollout.completions
-    return Dataset.from_dict(
-        {
-            "prompt": [rollout.rows[2 * i]["prompt"] for i in range(pairs)],
-            "chosen": [texts[2 * i + (not wins[i])] for i in range(pairs)],
-            "rejected": [texts[2 * i + int(wins[i])] for i in range(pairs)],
-        }
-    )
+    return Dataset.from_list(OPTIMUM.labelled(env, model, pairs, seed))
 
 
 # ---- given responses -------------------------------------------------------------------------------------------
