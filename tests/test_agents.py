@@ -17,6 +17,7 @@ from textrl.agents.reinforce import policy_gradient_loss
 from textrl.agents.trpo import conjugate_gradient, surrogate
 from textrl.critic import value_loss
 from textrl.kl import full_kl
+from textrl.optim import RowAdam
 from textrl.policy import small_model
 from textrl.rollout import Rollout
 from textrl.tabular import tabular_model
@@ -325,7 +326,8 @@ def test_a_weight_seldom_used_is_not_thrown_far():
     """One gradient after 999 steps without: step k after it is lr 0.1 0.9^k / sqrt(0.05 0.95^k), whatever its size."""
 
     def moved(**settings):
-        agent = tabular_agent(GRPO, learning_rate=0.01, **settings)
+        model = small_model(4, 8, n_embd=8, n_layer=1, n_head=2)
+        agent = GRPO(environment(Bigrams()), model, learning_rate=0.01, **settings)
         weight, optimizer = agent.optimizer.masters[0], agent.optimizer
         start = weight.detach().clone()
         for step in range(1200):
@@ -340,6 +342,29 @@ def test_a_weight_seldom_used_is_not_thrown_far():
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match="adam_beta2 must be from 0 to below 1"):
             tabular_agent(REINFORCE, adam_beta2=wrong)
+
+
+def test_a_row_of_a_table_is_moved_when_it_is_used_and_as_if_it_were_alone():
+    agent = tabular_agent(A2C, learning_rate=0.01, weight_decay=0.1)
+    policy, critic = agent.model.lm_head.weight, agent.critic.score.weight
+    assert [type(adam) for adam in agent.optimizer.adams] == [RowAdam]
+    chance = torch.Generator().manual_seed(0)
+    alone = {}
+    for table in (policy, critic):
+        rows = [torch.nn.Parameter(row.detach().clone()) for row in table]
+        alone[table] = [(row, torch.optim.AdamW([row], lr=0.01, eps=1e-5, weight_decay=0.1)) for row in rows]
+    for _ in range(50):
+        for table in (policy, critic):
+            used = torch.rand(len(table), generator=chance) < 0.2
+            table.grad = 1e-3 * torch.randn(table.shape, generator=chance) * used[:, None]
+            for i in used.nonzero()[:, 0].tolist():
+                row, adam = alone[table][i]
+                row.grad = table.grad[i].clone()
+                adam.step()
+        agent.optimizer.step()
+        agent.optimizer.load_state_dict(copy.deepcopy(agent.optimizer.state_dict()))
+    for table in (policy, critic):
+        torch.testing.assert_close(table.detach(), torch.stack([row.detach() for row, _ in alone[table]]))
 
 
 def test_the_score_weighs_less_at_first():

@@ -468,6 +468,31 @@ def test_the_gradient_of_each_model_is_clipped_by_its_own_norm() -> None:
     torch.testing.assert_close(steps[0], steps[1], atol=0, rtol=0)
 
 
+def test_tables_and_other_weights_keep_their_moments_apart():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
+    optimizer = Optimizer(weights, learning_rate=0.1, tables=[weights[1]])
+
+    def step(optimizer, used=slice(None)):
+        for weight in optimizer.parameters:
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[used] = 1.0
+        optimizer.step()
+
+    step(optimizer)
+    again = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    other = Optimizer(again, learning_rate=0.1, tables=[again[1]])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    still = weights[1].detach().clone()
+    for each in (optimizer, other):
+        step(each, used=[0])
+    for weight, copied in zip(weights, again, strict=True):
+        torch.testing.assert_close(weight, copied, atol=0, rtol=0)
+    assert torch.equal(weights[1][1:], still[1:]) and not torch.equal(weights[1][0], still[0])
+    with pytest.raises(ValueError, match="that of other parameters"):
+        Optimizer(again, learning_rate=0.1).load_state_dict(optimizer.state_dict())
+
+
 def test_weights_below_float32_are_stepped_through_float32_copies():
     torch.manual_seed(0)
     weights = [

@@ -26,7 +26,7 @@ from .loop import Callback
 from .memory import Loss as Loss
 from .memory import accumulate_gradients, halving
 from .optim import Optimizer
-from .policy import CausalPolicy, pick_device, recompute_blocks, trainable
+from .policy import CausalPolicy, pick_device, recompute_blocks, tables, trainable
 from .rollout import Rollout
 from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
@@ -119,6 +119,7 @@ class Agent:
             max_grad_norm=self.config.max_grad_norm,
             weight_decay=self.config.weight_decay,
             beta2=self.config.adam_beta2,
+            tables=tables(*self.modules.values()),
         )
 
     # ---- what an agent's author writes -----------------------------------------------------------------------

@@ -24,7 +24,7 @@ from .config import check
 from .flat import flat_of
 from .hub import check_source
 from .scores import shorten
-from .tabular import register_tabular
+from .tabular import Rows, register_tabular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -274,3 +274,8 @@ def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
+
+
+def tables(*modules: nn.Module) -> list[nn.Parameter]:
+    """Those parameters of these modules that are tables of prefixes, of which a batch uses few rows."""
+    return [part.weight for module in modules for part in module.modules() if isinstance(part, Rows)]

@@ -1,13 +1,54 @@
-"""AdamW with float32 master weights, gradient clipping, and a refusal to step on gradients that are not finite."""
+"""AdamW with float32 master weights, gradient clipping, and a refusal to step on gradients that are not finite.
+
+Tables, of which a batch uses few rows, have an Adam of their own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ROW_BETA2 = 0.999
+"""Decay of a row's mean of squared gradients: the usual one, over the steps that used the row."""
+
+
+class RowAdam(torch.optim.Optimizer):
+    """AdamW for tables (R, d), each row with moments and a clock of its own (Kingma 2015, algorithm 1, row by row).
+
+    A row without a gradient stays as it is. One clock for all would move a row that was used once by
+    1 / sqrt(1 - beta2) learning rates, whatever the size of its gradient.
+    """
+
+    def __init__(
+        self, tables: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves the rows that have a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for table in group["params"]:
+                if table.grad is None:
+                    continue
+                state = self.state[table]
+                if not state:
+                    state["step"] = table.new_zeros(len(table), 1)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+                rows = table.grad.any(1).nonzero()[:, 0]
+                gradient = table.grad[rows]
+                step = state["step"][rows] + 1  # (n, 1)
+                mean = state["exp_avg"][rows].lerp(gradient, 1 - beta1)  # (n, d)
+                square = state["exp_avg_sq"][rows].lerp(gradient**2, 1 - beta2)
+                state["step"][rows], state["exp_avg"][rows], state["exp_avg_sq"][rows] = step, mean, square
+                scale = (square / (1 - beta2**step)).sqrt() + group["eps"]
+                kept = (1 - group["lr"] * group["weight_decay"]) * table[rows]
+                table[rows] = kept - group["lr"] * mean / (1 - beta1**step) / scale
 
 
 class Optimizer:
@@ -22,6 +63,7 @@ class Optimizer:
         eps: 1e-5, as PPO wants it (Huang 2022, detail 3).
         beta2: the decay of the running mean of squared gradients. A weight that seldom has a gradient is moved by
             about learning_rate / sqrt(1 - beta2) each time it has one, however small: 32 learning rates at 0.999.
+        tables: those of the parameters that `RowAdam` moves, with a beta2 of `ROW_BETA2`.
 
     Attributes:
         skipped: steps not taken because the gradient was not finite.
@@ -35,6 +77,7 @@ class Optimizer:
         weight_decay: float = 0.0,
         eps: float = 1e-5,
         beta2: float = 0.999,
+        tables: Collection[nn.Parameter] = (),
     ) -> None:
         self.parameters: list[nn.Parameter] = []
         self.groups: list[slice] = []
@@ -47,21 +90,28 @@ class Optimizer:
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters
         ]
-        self.adam = torch.optim.AdamW(
-            self.masters, lr=learning_rate, betas=(0.9, beta2), eps=eps, weight_decay=weight_decay, fused=True
-        )
+        apart = {id(parameter) for parameter in tables}
+        self.by_row = {i for i, parameter in enumerate(self.parameters) if id(parameter) in apart}
+        by_row = [master for i, master in enumerate(self.masters) if i in self.by_row]
+        plain = [master for i, master in enumerate(self.masters) if i not in self.by_row]
+        common: dict[str, Any] = {"lr": learning_rate, "eps": eps, "weight_decay": weight_decay}
+        self.adams: list[torch.optim.Optimizer] = []
+        if plain:
+            self.adams.append(torch.optim.AdamW(plain, betas=(0.9, beta2), fused=True, **common))
+        if by_row:
+            self.adams.append(RowAdam(by_row, betas=(0.9, ROW_BETA2), **common))
         self.max_grad_norm = max_grad_norm
         self.skipped = 0
 
     @property
     def learning_rate(self) -> float:
         """The step size; may be set between steps (a schedule)."""
-        return self.adam.param_groups[0]["lr"]  # type: ignore[no-any-return]
+        return self.adams[0].param_groups[0]["lr"]  # type: ignore[no-any-return]
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        for group in self.adam.param_groups:
-            group["lr"] = value
+        for adam in self.adams:
+            adam.param_groups[0]["lr"] = value
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -84,7 +134,8 @@ class Optimizer:
         norms = [nn.utils.clip_grad_norm_(self.masters[group], limit) for group in self.groups]
         norm = float(torch.stack(norms).norm())
         if math.isfinite(norm):
-            self.adam.step()
+            for adam in self.adams:
+                adam.step()
             if low:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])
@@ -111,7 +162,8 @@ class Optimizer:
         """The moments, the float32 copies and the counts; not the settings."""
         copies = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
         counts = {"skipped": self.skipped, "learning_rate": self.learning_rate}
-        return {"adam": self.adam.state_dict()["state"], "masters": copies, **counts}
+        moments = {i: adam.state[m] for i, m in enumerate(self.masters) for adam in self.adams if m in adam.state}
+        return {"adam": moments, "masters": copies, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave, for the same parameters.
@@ -120,11 +172,19 @@ class Optimizer:
             ValueError: for a state of other parameters.
         """
         fits = len(state["masters"]) == len(self.masters) and all(
-            self.masters[i].shape == moments["exp_avg"].shape for i, moments in state["adam"].items()
+            self.masters[i].shape == moments["exp_avg"].shape
+            and moments["step"].numel() == (len(self.masters[i]) if i in self.by_row else 1)
+            for i, moments in state["adam"].items()
         )
         if not fits:
-            raise ValueError("the state of the optimizer is that of other parameters: keep trainable_layers as it was")
-        self.adam.load_state_dict({"state": state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})
+            raise ValueError(
+                "the state of the optimizer is that of other parameters: keep trainable_layers, and the version of"
+                " textrl, as they were"
+            )
+        for adam in self.adams:
+            where = [i for i in range(len(self.masters)) if (i in self.by_row) == isinstance(adam, RowAdam)]
+            moments = {k: state["adam"][i] for k, i in enumerate(where) if i in state["adam"]}
+            adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
         with torch.no_grad():
             for parameter, master, copy in zip(self.parameters, self.masters, state["masters"], strict=True):
                 if parameter is not master:

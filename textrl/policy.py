@@ -19,6 +19,7 @@ from .models import pick_device as pick_device
 from .models import pick_dtype as pick_dtype
 from .models import recompute_blocks as recompute_blocks
 from .models import small_model as small_model
+from .models import tables as tables
 from .models import train_last_layers as train_last_layers
 from .models import trainable as trainable
 from .models import value_model as value_model

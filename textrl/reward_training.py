@@ -21,7 +21,7 @@ from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .logging import RunLog
 from .loop import Run
 from .optim import Optimizer
-from .policy import train_last_layers, trainable
+from .policy import tables, train_last_layers, trainable
 from .runs import Checkpoints, Signals
 from .scores import shorten
 
@@ -98,6 +98,7 @@ class _Training:
             max_grad_norm=config.max_grad_norm,
             weight_decay=config.weight_decay,
             eps=1e-8,
+            tables=tables(reward_model.model),
         )
         rng = np.random.default_rng(config.seed)
         self.members = _groups(pairs)
