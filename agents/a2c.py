@@ -24,6 +24,7 @@ from .reinforce import policy_gradient_loss
 class A2CConfig(AgentConfig):
     """Settings of A2C."""
 
+    row_clocks: bool = False  # one step a batch: by the far first steps of seldom used rows these come along
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # weight of the entropy bonus
     gamma: float = 1.0  # discount per token

@@ -345,7 +345,8 @@ def test_a_weight_seldom_used_is_not_thrown_far():
 
 
 def test_a_row_of_a_table_is_moved_when_it_is_used_and_as_if_it_were_alone():
-    agent = tabular_agent(A2C, learning_rate=0.01, weight_decay=0.1)
+    assert not any(isinstance(adam, RowAdam) for adam in tabular_agent(A2C).optimizer.adams)
+    agent = tabular_agent(PPO, learning_rate=0.01, weight_decay=0.1)
     policy, critic = agent.model.lm_head.weight, agent.critic.score.weight
     assert [type(adam) for adam in agent.optimizer.adams] == [RowAdam]
     chance = torch.Generator().manual_seed(0)
