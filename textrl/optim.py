@@ -178,8 +178,8 @@ class Optimizer:
         )
         if not fits:
             raise ValueError(
-                "the state of the optimizer is that of other parameters: keep trainable_layers, and the version of"
-                " textrl, as they were"
+                "the state of the optimizer is that of other parameters: keep trainable_layers, row_clocks and the"
+                " version of textrl as they were"
             )
         for adam in self.adams:
             where = [i for i in range(len(self.masters)) if (i in self.by_row) == isinstance(adam, RowAdam)]
