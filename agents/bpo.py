@@ -40,7 +40,6 @@ class BPOConfig(AgentConfig):
     max_weight: float = 1000.0  # w_max of "awr", against a mean of 1
     best_share: float = 0.1  # of the episodes of each prompt, for "filter"
     max_ratio: float = 5.0  # c of "tis"
-    cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -51,7 +50,6 @@ class BPOConfig(AgentConfig):
         for name in ("max_weight", "max_ratio"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         check("best_share", self.best_share, 0 < self.best_share <= 1, "above 0 and at most 1")
-        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
 
 
 def advantage_weights(returns: Tensor, groups: Tensor, beta: float, max_weight: float) -> Tensor:
@@ -150,7 +148,6 @@ class BPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a minibatch of logged episodes."""
-        self.cool_down(self.config.cooldown)
         loss: Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
         loss = self._importance_loss if self.config.weighting == "tis" else self._fit
         over = "groups" if self.config.weighting == "tis" else "tokens"

@@ -50,9 +50,9 @@ class DPOConfig(AgentConfig):
     """Settings of DPO."""
 
     batch_size: int = 64  # pairs an update
+    cooldown: float = 0.2  # full steps for longer: every epoch sees the same pairs
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
-    cooldown: float = 0.2  # the step size falls linearly to zero over this last share of a call of `learn`
     held_out: float = 0.0  # share of the pairs that are not learned from: the weights that do best on them are kept
     label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
 
@@ -61,7 +61,6 @@ class DPOConfig(AgentConfig):
         super().__post_init__()
         check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
         check("loss", self.loss, self.loss in ("sigmoid", "ipo"), '"sigmoid" or "ipo"')
-        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
         check("held_out", self.held_out, 0 <= self.held_out < 1, "from 0 to below 1")
         check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
 
@@ -189,7 +188,6 @@ class DPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a batch of pairs; four times an epoch, a look at those held out."""
-        self.cool_down(self.config.cooldown)
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
         call = self.call
         last = call is not None and self.num_timesteps + rollout.num_tokens >= call["start"] + call["total"]

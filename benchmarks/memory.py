@@ -23,7 +23,7 @@ def resident() -> int:
 def main(iterations: int) -> None:
     """Runs, and prints."""
     env = gym.make_vec("textrl/Copy-v0", num_envs=1, reference=small_model(4, 8, 7), kl_coef=0.05)
-    agent = PPO(env, batch_size=16, epochs=1, minibatches=2, learning_rate_schedule="constant")
+    agent = PPO(env, batch_size=16, epochs=1, minibatches=2, cooldown=0.0)
     seen: list[int] = []
 
     def note(agent, metrics):

@@ -316,10 +316,14 @@ def test_learning_rate_falls_to_zero_and_comes_back():
     assert seen == sorted(seen, reverse=True) and 0 < seen[-1] < 0.02
     assert agent.optimizer.learning_rate == pytest.approx(0.1)
     seen.clear()
-    tabular_agent(REINFORCE, batch_size=16, learning_rate_schedule="constant").learn(300, callback=note)
+    tabular_agent(REINFORCE, batch_size=16, cooldown=0.0).learn(300, callback=note)
     assert set(seen) == {0.1}
-    with pytest.raises(ValueError, match="learning_rate_schedule must be one of"):
-        tabular_agent(REINFORCE, learning_rate_schedule="cosine")
+    seen.clear()
+    tabular_agent(REINFORCE, batch_size=16, cooldown=0.5).learn(500, callback=note)  # full steps for half the time
+    assert seen[len(seen) // 2 - 1] == 0.1 and 0 < seen[-1] < 0.04
+    assert seen == sorted(seen, reverse=True)
+    with pytest.raises(ValueError, match=r"cooldown must be from 0 to 1; got 1\.5"):
+        tabular_agent(REINFORCE, cooldown=1.5)
 
 
 def test_a_weight_seldom_used_is_not_thrown_far():

@@ -66,7 +66,7 @@ RUNS = {
     "PPO, last layers": lambda: agents.PPO(sampled(), batch_size=16, trainable_layers=1),
     "REINFORCE": lambda: agents.REINFORCE(sampled(), batch_size=16),
     "REINFORCE, learned baseline": lambda: agents.REINFORCE(sampled(), batch_size=16, baseline="value"),
-    "A2C": lambda: agents.A2C(sampled(), batch_size=16, learning_rate_schedule="constant"),
+    "A2C": lambda: agents.A2C(sampled(), batch_size=16, cooldown=0.0),
     "TRPO": lambda: agents.TRPO(sampled(), batch_size=16),
     "GRPO": lambda: agents.GRPO(sampled(reference=reference(), **PENALTY), batch_size=16, group_size=4),
     "NLPO": lambda: agents.NLPO(sampled(), batch_size=16, mask_interval=2, top_p=0.9),

@@ -201,11 +201,6 @@ class Agent:
         penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
         return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)
 
-    def cool_down(self, share: float) -> None:
-        """Sets the step size of an update: constant, and falling linearly to zero over the last `share` of `learn`."""
-        left = self.progress_remaining / share if share > 0 else 1.0
-        self.optimizer.learning_rate = self.learning_rate * min(1.0, left)
-
     def shuffled(self, size: int, parts: int) -> list[Tensor]:
         """`parts` random minibatches of the indices below `size`, each on the device."""
         order = torch.randperm(size, generator=self.generator).to(self.device)

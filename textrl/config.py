@@ -22,7 +22,7 @@ class AgentConfig:
     """What every agent takes."""
 
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
-    learning_rate_schedule: str = "linear"  # "linear": to zero over the timesteps of a call of learn; "constant"
+    cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update
     score_start: float = 0.1  # weight of the score at first, on fresh samples with a KL penalty; it rises to 1
     seed: int = 0  # of the weights, the prompts and the samples
@@ -53,13 +53,7 @@ class AgentConfig:
         check("score_start", self.score_start, 0 < self.score_start <= 1, "above 0 and at most 1")
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
-        schedules = ("linear", "constant")
-        check(
-            "learning_rate_schedule",
-            self.learning_rate_schedule,
-            self.learning_rate_schedule in schedules,
-            f"one of {list(schedules)}",
-        )
+        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
         errors = ("raise", "drop")
         check("on_score_error", self.on_score_error, self.on_score_error in errors, f"one of {list(errors)}")
         check("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "from 0 to 1")

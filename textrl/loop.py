@@ -129,8 +129,8 @@ def _after(agent: Agent, every: int | None) -> int | None:
 def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[str, float], list[str], int]:
     """One batch collected and learned from: its numbers, what was wrong with dropped episodes, all episodes."""
     agent.progress_remaining = (goal - agent.num_timesteps) / total
-    if agent.config.learning_rate_schedule == "linear":
-        agent.anneal(agent.progress_remaining)
+    cooldown = agent.config.cooldown
+    agent.anneal(min(1.0, agent.progress_remaining / cooldown) if cooldown > 0 else 1.0)
     first = goal == total  # call of `learn`
     agent.score_weight = score_weight(agent.config.score_start, 1 - agent.progress_remaining) if first else 1.0
     began = time.perf_counter()
