@@ -2,8 +2,8 @@
 
     loss = -(1 / N) * sum_t A_t * log pi(a_t | s_t) + vf_coef * (1 / 2N) * sum_t (V(s_t) - R_t)^2 - ent_coef * mean H
 
-A: advantages by GAE, which take no gradient; R: advantages plus old values. PPO with one epoch, one minibatch and no
-clip has the same policy gradient.
+A: advantages by GAE, which take no gradient; R: advantages plus old values. PPO with one epoch, one minibatch, no
+clip and `whiten_floor=0` has the same policy gradient.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class A2CConfig(AgentConfig):
         super().__post_init__()
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        check("vf_coef", self.vf_coef, self.vf_coef >= 0, "at least 0")
 
 
 class A2C(Agent):

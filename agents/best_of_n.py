@@ -57,24 +57,24 @@ def best_of_groups(scores: Tensor, n: int | Tensor) -> Tensor:
 class BestOfN(Agent):
     """The best of n samples, by the task's score.
 
-    `generate` and `best` give it; `act` and `predict`, which say one token at a time, are the model's own.
+    `generate` and `respond` give it; `act` and `predict`, which say one token at a time, are the model's own.
     """
 
     config: BestOfNConfig
     config_class: ClassVar[type[AgentConfig]] = BestOfNConfig
 
-    def best(self, rows: Sequence[Row]) -> Rollout:
+    def respond(self, rows: Sequence[Row]) -> Rollout:
         """The best of n responses to each row: B episodes. Their log-probabilities are the model's, for one sample."""
         check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
         repeated = [row for row in rows for _ in range(self.config.n)]
         size = self.config.n
         samples = sample_episodes(self.base, self.policy, repeated, generator=self.generator, group_size=size)
-        return samples.select(best_of_groups(samples.scores, samples.grouping))
+        best = samples.select(best_of_groups(samples.scores, samples.grouping))
+        return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
 
     def collect(self) -> Rollout:
         """The best of n responses to each of `batch_size` prompts of the task."""
-        best = self.best([self.task.sample(self.rng) for _ in range(self.config.batch_size)])
-        return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
+        return self.respond([self.task.sample(self.rng) for _ in range(self.config.batch_size)])
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learns nothing; says how far from the model the best of n is at most."""

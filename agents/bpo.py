@@ -12,6 +12,7 @@ whatever mu was. Its b is the log-mean-exp of the returns of a prompt's episodes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class BPOConfig(AgentConfig):
         super().__post_init__()
         names = ("awr", "filter", "tis")
         check("weighting", self.weighting, self.weighting in names, f"one of {list(names)}")
-        check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
+        check("beta", self.beta, self.beta is None or 0 < self.beta < math.inf, "a finite number above 0")
         for name in ("max_weight", "max_ratio"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         check("best_share", self.best_share, 0 < self.best_share <= 1, "above 0 and at most 1")

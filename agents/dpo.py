@@ -8,10 +8,10 @@ y_w is the chosen response, y_l the rejected one, eps the label smoothing; log p
 tokens. Where the labels follow Bradley-Terry on a score, the optimum of the sigmoid loss is
 pi_ref exp(score / beta) / Z: that of the environment with kl_coef = beta, which is therefore what beta is by default.
 Labels are noisy, and nothing in the loss keeps a policy from learning them by heart: with `held_out` a share of the
-pairs is not learned from, and `learn` ends with the weights that did best on it. Where pairs are few, to learn from all
-of them is worth more. An error in what the pairs say of a response is divided by beta before it is exponentiated: with
-a small beta, and more responses than pairs can tell apart, even an exact fit of all pairs may be worse than the
-reference. Then more pairs help, or a larger beta, and no longer training.
+pairs is not learned from, and a call of `learn` that goes its whole way ends with the weights that did best on it.
+Where pairs are few, to learn from all of them is worth more. An error in what the pairs say of a response is divided by
+beta before it is exponentiated: with a small beta, and more responses than pairs can tell apart, even an exact fit of
+all pairs may be worse than the reference. Then more pairs help, or a larger beta, and no longer training.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class DPOConfig(AgentConfig):
     cooldown: float = 0.2  # full steps for longer: every epoch sees the same pairs
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
-    held_out: float = 0.0  # share of the pairs that are not learned from: the weights that do best on them are kept
+    held_out: float = 0.0  # share of pairs not learned from (none below 20): the weights that do best on them are kept
     label_smoothing: float = 0.0  # eps: the share of labels taken to be the wrong way round, for "sigmoid"
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         super().__post_init__()
-        check("beta", self.beta, self.beta is None or self.beta > 0, "above 0")
+        check("beta", self.beta, self.beta is None or 0 < self.beta < math.inf, "a finite number above 0")
         check("loss", self.loss, self.loss in ("sigmoid", "ipo"), '"sigmoid" or "ipo"')
         check("held_out", self.held_out, 0 <= self.held_out < 1, "from 0 to below 1")
         check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
@@ -121,6 +121,13 @@ class DPO(Agent):
         held = round(self.config.held_out * len(self._pairs))
         order = torch.randperm(len(self._pairs), generator=torch.Generator().manual_seed(self.config.seed))
         held = held if held >= FEWEST else 0
+        fine = not held or held < len(self._pairs)
+        check(
+            "held_out",
+            self.config.held_out,
+            fine,
+            f"a share that leaves some of {len(self._pairs)} pairs to learn from",
+        )
         self._held, self._learned = order[:held], order[held:]
         self._epochs = Epochs(self.generator)
         self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out

@@ -64,9 +64,12 @@ class PPOConfig(AgentConfig):
         check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        penalty = self.missing_end_penalty
+        check("missing_end_penalty", penalty, 0 <= penalty < math.inf, "a finite number from 0 up")
         for name in ("clip_value", "vf_coef", "whiten_floor"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("clip_score", "target_kl", "kl_target", "kl_horizon"):
+        check("kl_horizon", self.kl_horizon, 0 < self.kl_horizon < math.inf, "a finite number above 0")
+        for name in ("clip_score", "target_kl", "kl_target"):
             check(name, value := getattr(self, name), value is None or value > 0, "above 0")
 
 
@@ -137,7 +140,8 @@ class PPO(Agent):
             self.modules["critic"] = self.critic
         self.kl = None
         if self.config.kl_target is not None:
-            check("kl_target", self.config.kl_target, self.base.reference is not None, "None without a reference")
+            penalised = self.base.reference is not None and self.base.kl_coef > 0  # what is 0 cannot follow
+            check("kl_target", self.config.kl_target, penalised, "None without a reference and a kl_coef above 0")
             self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
 
     def _separate_critic(

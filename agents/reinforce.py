@@ -52,6 +52,7 @@ class REINFORCEConfig(AgentConfig):
         check("group_size", self.group_size, self.group_size >= 2, "at least 2")
         check("baseline_decay", self.baseline_decay, 0 <= self.baseline_decay < 1, "from 0 to below 1")
         check("gamma", self.gamma, 0 <= self.gamma <= 1, "from 0 to 1")
+        check("vf_coef", self.vf_coef, self.vf_coef >= 0, "at least 0")
 
 
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -5,12 +5,13 @@
 The step goes along F^-1 grad L, found by conjugate gradient on products with the Fisher matrix F, the Hessian of the KL
 at theta_old: mean J' (diag p - p p') J with J the Jacobian of a state's logits. It is as long as the bound allows to
 second order, and is halved back until the true KL, over the whole vocabulary at every state of the batch, is within the
-bound and L has not fallen; if it never is, nothing moves. The bound follows the schedule of the learning rate, squared:
+bound and L has risen; if it never is, nothing moves. The bound follows the schedule of the learning rate, squared:
 steps shrink in proportion. The critic learns by AdamW.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,7 +49,7 @@ class TRPOConfig(AgentConfig):
     def __post_init__(self) -> None:
         """Checks the ranges."""
         super().__post_init__()
-        check("max_kl", self.max_kl, self.max_kl > 0, "above 0")
+        check("max_kl", self.max_kl, 0 < self.max_kl < math.inf, "a finite number above 0")
         check("damping", self.damping, self.damping >= 0, "at least 0")
         check("backtrack_coef", self.backtrack_coef, 0 < self.backtrack_coef < 1, "above 0 and below 1")
         for name in ("cg_iterations", "fisher_episodes", "backtracks", "critic_epochs", "minibatches"):

@@ -305,6 +305,14 @@ def test_trpo_bound_follows_the_schedule():
     assert 0 < agent.update(agent.collect())["train/kl_old_new"] <= 0.01 * 0.01
 
 
+def test_a_learning_rate_of_zero_moves_nothing():
+    agent = tabular_agent(PPO, batch_size=16, learning_rate=0.0)
+    before = copy.deepcopy(agent.model.state_dict())
+    agent.learn(100)
+    assert agent.learning_rate == 0
+    assert all(torch.equal(before[name], weight) for name, weight in agent.model.state_dict().items())
+
+
 def test_learning_rate_falls_to_zero_and_comes_back():
     seen = []
 

@@ -4,9 +4,12 @@ import json
 import re
 import sys
 
+import gymnasium as gym
 import pytest
 
 from textrl import cli
+from textrl.agents import BestOfN
+from textrl.envs.bandit import Bandit
 from textrl.flags import agent_classes
 from textrl.registration import registered
 
@@ -49,6 +52,33 @@ def test_train_then_evaluate(capsys, tmp_path):
     code, _, err = run(capsys, *train)
     assert (code, err.count("\n")) == (2, 1)
     assert "holds a run already" in err
+
+
+def test_an_agent_that_acts_in_a_way_of_its_own_is_scored_as_it_acts(capsys, tmp_path):
+    folder = str(tmp_path / "run")
+    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "64", "--n", "8", "--total-timesteps", "100", "--quiet"]
+    assert run(capsys, "train", "bestofn", *flags, "--log-dir", folder)[0] == 0
+    best = json.loads(run(capsys, "evaluate", folder, "--json")[1])
+    agent = BestOfN.load(f"{folder}/final", gym.make_vec("textrl/Bandit-v0", num_envs=1), n=1)
+    single = agent.respond([agent.task.sample(agent.rng) for _ in range(1000)])
+    assert best["score"] > float(single.scores.mean()) + 0.2
+
+
+def test_a_setting_of_several_numbers(capsys, tmp_path):
+    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
+    folder = str(tmp_path / "run")
+    assert run(capsys, "train", "rest", *flags, "--log-dir", folder, "--quantiles", "0.2", "0.6")[0] == 0
+    assert json.loads((tmp_path / "run/final/agent.json").read_text())["config"]["quantiles"] == [0.2, 0.6]
+    assert run(capsys, "evaluate", folder)[0] == 0
+
+
+def test_a_best_score_of_zero_has_no_share(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bandit, "best_score", 0.0)
+    folder = str(tmp_path / "run")
+    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
+    assert run(capsys, "train", "ppo", *flags, "--log-dir", folder)[0] == 0
+    code, out, _ = run(capsys, "evaluate", folder, "--json")
+    assert code == 0 and "share_of_best" not in json.loads(out)
 
 
 def test_an_agent_of_ones_own(capsys, tmp_path, monkeypatch):
@@ -98,6 +128,12 @@ BAD = {
     "dataset must be a file that exists": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
     "--resume must be the --log-dir of a textrl train; 'absent' has no run.json": ["train", "--resume", "absent"],
     "--resume takes everything from the run": ["train", "ppo", "--resume", "absent"],
+    "give no agent, options and settings with it": ["train", "--resume", "absent", "--total-timesteps", "5"],
+    "--skip-bad-rows must be left out without --prompts": ["train", "ppo", *COPY, "--skip-bad-rows"],
+    "--env-arg prompts must be left out with --prompts": [
+        *("train", "ppo", "--env", "textrl/Text-v0", "--prompts", "p.jsonl"),
+        *("--env-arg", 'prompts=["a"]'),
+    ],
     "AGENT is missing": ["train", *COPY],
     "--keep must be at least 1; got 0": ["train", "ppo", *COPY, "--keep", "0"],
     "RUN must be the --log-dir of a textrl train": ["evaluate", "absent"],

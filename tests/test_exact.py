@@ -269,6 +269,18 @@ def test_a_foreign_prompt_is_refused():
         solve(RandomTask(4, 4, ("a", "bb"))).logits("b")
 
 
+def test_a_share_of_nothing_to_gain():
+    class Even(RandomTask):
+        def score(self, prompts, completions, **columns):
+            return [1.0] * len(prompts)
+
+    task = Even()
+    model = gpt2(task, 0)
+    assert evaluate_exact(task, model, model, 0.5).share == 1
+    worse = evaluate_exact(task, tabular_model(task, std=2.0, seed=1), model, 0.5)
+    assert worse.objective < worse.optimum - 0.01 and math.isnan(worse.share)
+
+
 def test_a_penalty_needs_a_reference():
     with pytest.raises(ValueError, match="needs a reference"):
         solve(RandomTask(), kl_coef=0.1)

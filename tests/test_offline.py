@@ -299,6 +299,13 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     )  # too few to tell
 
 
+def test_dpo_keeps_some_pairs_to_learn_from() -> None:
+    task = Weighted()
+    pairs = bradley_terry(textrl.TextEnv(task), reference(task, 0), 40, 0)
+    with pytest.raises(ValueError, match=r"held_out must be .* some of 40 pairs to learn from; got 0\.999"):
+        DPO(textrl.TextEnv(task), dataset=pairs, held_out=0.999)
+
+
 def test_rest_rests_at_the_optimum() -> None:
     """At the optimum every response has the same return, and everything is kept."""
     task = Weighted()
@@ -397,7 +404,7 @@ def test_what_is_wrong_is_said() -> None:
     env = textrl.TextEnv(Weighted())
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for message, bad in [
-        ("beta must be above 0; got 0", {"beta": 0}),
+        ("beta must be a finite number above 0; got 0", {"beta": 0}),
         ('loss must be "sigmoid" or "ipo"', {"loss": "hinge"}),
         ("label_smoothing must be from 0 to below 0.5", {"label_smoothing": 0.5}),
         ("held_out must be from 0 to below 1", {"held_out": 1.0}),

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import textrl
+from textrl.agents import BPO, NLPO
+from textrl.envs.brackets import Brackets
+from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact
 from textrl.ope import estimators, ope, token_means
 from textrl.policy import CausalPolicy, small_model
@@ -159,3 +162,52 @@ def test_what_is_missing_is_named() -> None:
         ope(sample(env, model, 3, 0), model, env)
     with pytest.raises(ValueError, match="penalised must be False without a reference"):
         ope(sample(env, model, 4, 0), model, env, penalised=True)
+
+
+def narrow_agent(env: textrl.TextEnv) -> NLPO:
+    agent = NLPO(env, louder(small_model(5, 9, 1), 5.0), top_p=0.6, seed=1)
+    agent.learn(200)
+    return agent
+
+
+def test_a_policy_weighs_its_own_episodes_alike_under_action_masks(tmp_path: Any) -> None:
+    """Logged to disk, as rows and in memory; inside the task's masks, and inside an agent's own."""
+    env = textrl.TextEnv(Brackets())
+    agent = narrow_agent(env)
+    policies = {"model": agent.model, "agent": agent}
+    for name, policy in policies.items():
+        logged = textrl.collect(env, policy, 200, tmp_path / name)
+        read = read_episodes(tmp_path / name, env.task)
+        rows = [
+            {**row, "completion_ids": ids, "logprobs": logprobs[: len(ids)]}
+            for row, ids, logprobs in zip(
+                read.rows,
+                [each.actions.tolist() for each in logged.iterate_episodes()],
+                read.logprobs.tolist(),
+                strict=True,
+            )
+        ]
+        for source in (tmp_path / name, rows):
+            assert ope(source, policy, env).effective_sample_size == pytest.approx(200, rel=1e-3)
+    assert ope(tmp_path / "model", agent, env).effective_sample_size < 199
+    memory = sample(env, agent.model, 200, 0)
+    assert ope(memory, agent.model, env).effective_sample_size == pytest.approx(200, rel=1e-3)
+    bpo = BPO(env, agent.model, dataset=tmp_path / "model", weighting="tis", batch_size=64)
+    torch.testing.assert_close(bpo.logprobs(batch := bpo.collect()), batch.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_done_outside_the_masks_is_learned_from_and_has_no_weight() -> None:
+    env = textrl.TextEnv(Brackets())
+    model = small_model(5, 9, 1)
+    rows = [{"prompt": "((", "completion_ids": [1, 3, 0], "logprobs": [-1.0] * 3}] * 3  # "([" and the end: not balanced
+    rows += [{"prompt": "((", "completion_ids": [2, 2, 0], "logprobs": [-1.0] * 3}] * 3
+    found = ope(rows, model, env)
+    assert found.effective_sample_size == pytest.approx(3)
+    assert all(np.isfinite(each.value) for each in found.estimates.values())
+    agent = BPO(env, model, dataset=rows, weighting="filter", best_share=1.0, batch_size=6)
+    assert bool(agent.logprobs(agent.collect()).isfinite().all())
+    assert float(agent.logprobs(agent.collect()).detach().min()) > -100
+    lost = sample(env, model, 8, 0)
+    lost.rows = []
+    with pytest.raises(ValueError, match="dataset must be episodes with their rows"):
+        ope(lost, model, env)

@@ -16,7 +16,7 @@ from .config import check
 from .drawing import Sampling, draw
 from .generation import generate, stop_at
 from .models import longest_text
-from .rollout import Rollout, allowed_after, both_masks, collect_sampled
+from .rollout import Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
 from .stepping import collect_stepped, is_bare
 from .stepwise import StepwiseLM
 from .task import Row, Task
@@ -58,6 +58,18 @@ def collect(agent: Agent) -> Rollout:
         return in_environment(agent, observations)
 
     return collect_stepped(agent.env, agent.task, act, size, device=agent.device, seed=seed, missing_penalty=missing)
+
+
+def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
+    """One whole response to each row of the task, scored."""
+    return sample_episodes(
+        agent.base,
+        agent.policy,
+        rows,
+        generator=agent.generator,
+        tokens_at_once=agent.config.max_tokens_per_microbatch,
+        narrow=agent.narrow if agent.narrows else None,
+    )
 
 
 def in_environment(

@@ -33,7 +33,7 @@ from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
 from .stepping import is_bare as is_bare
 from .stepwise import StepwiseLM
-from .task import Task
+from .task import Row, Task
 from .trunk import frozen_blocks
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class Agent:
         self.device = pick_device(self.config.device)
         self.rng = np.random.default_rng([self.config.seed, 1])  # prompts
         self.generator = torch.Generator().manual_seed(self.config.seed)  # tokens, minibatches
-        self.learning_rate = self.config.learning_rate or (1e-3 if model is None else 1e-5)
+        rate = self.config.learning_rate
+        self.learning_rate = (1e-3 if model is None else 1e-5) if rate is None else rate
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
         self.policy.frozen_blocks = frozen_blocks(self.model)
@@ -312,6 +313,10 @@ class Agent:
             self.base.temperature if temperature is None else temperature, top_k, top_p, min_new_tokens, deterministic
         )
         return acting.on_prompts(self, prompts, max_new_tokens, sampling, stop_strings)
+
+    def respond(self, rows: Sequence[Row]) -> Rollout:
+        """One whole response to each row of the task, scored, whatever wraps the environment: B episodes."""
+        return acting.respond(self, rows)
 
     # ---- saving ----------------------------------------------------------------------------------------------
 

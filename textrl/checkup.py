@@ -31,7 +31,7 @@ def run_doctor(options: argparse.Namespace) -> int:
     from .doctor import diagnose
     from .policy import few_threads
 
-    kwargs = parse_env_args(options.env_arg)
+    kwargs = parse_env_args(options.env_arg, options.prompts is not None)
     if options.prompts is not None:
         kwargs["prompts"] = options.prompts
     default = 0.0 if options.reference is None else 0.1

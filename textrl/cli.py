@@ -138,6 +138,7 @@ def _train_parser(commands: Any) -> None:
     )
     train.add_argument("--quiet", action="store_true", help="no bar and no table")
     train.set_defaults(run=train_agent)
+    train.set_defaults(untouched=vars(train.parse_args([])))
 
 
 def train_agent(options: argparse.Namespace) -> None:
@@ -145,8 +146,9 @@ def train_agent(options: argparse.Namespace) -> None:
     from .checkpoint import write_json
 
     if options.resume is not None:
-        if options.agent is not None or options.rest:
-            raise ValueError("--resume takes everything from the run: give no agent and no settings with it")
+        changed = [name for name, value in options.untouched.items() if getattr(options, name) != value]
+        if options.rest or set(changed) - {"resume", "quiet"}:
+            raise ValueError("--resume takes everything from the run: give no agent, options and settings with it")
         resume_run(Path(options.resume), options.quiet)
         return
     if options.agent is None:
@@ -158,7 +160,9 @@ def train_agent(options: argparse.Namespace) -> None:
     config = parse_config(cls.config_class, rest, f"textrl train {options.agent}")
     if options.env is None:
         raise ValueError("--env is missing; textrl envs lists the environments")
-    id, kwargs = check_env_id(options.env), parse_env_args(options.env_arg)
+    id, kwargs = check_env_id(options.env), parse_env_args(options.env_arg, options.prompts is not None)
+    files = options.prompts is not None or options.dataset is not None
+    check("--skip-bad-rows", True, files or not options.skip_bad_rows, "left out without --prompts and --dataset")
     if options.prompts is not None:
         kwargs |= {"prompts": named(options.prompts), "skip_bad_rows": options.skip_bad_rows}
     for name in ("total_timesteps", "checkpoint_every", "keep"):
@@ -234,7 +238,6 @@ def resume_run(folder: Path, quiet: bool) -> None:
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
     from .policy import few_threads
-    from .rollout import collect_sampled
     from .trained import trained_agent
 
     if options.episodes < 1:
@@ -242,13 +245,14 @@ def evaluate_run(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed)
     with few_threads(agent.model):
-        rollout = collect_sampled(agent.base, agent.policy, options.episodes, rng=agent.rng, generator=agent.generator)
+        rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
     out["score_standard_error"] = out["score_std"] / options.episodes**0.5
     out["episodes"] = options.episodes
     if (best := getattr(agent.task, "best_score", None)) is not None:
         out["best_score"] = best
-        out["share_of_best"] = out["score"] / best
+        if best > 0:
+            out["share_of_best"] = out["score"] / best
     if options.json:
         print(json.dumps(out, indent=2))
         return

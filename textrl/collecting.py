@@ -22,7 +22,7 @@ from .drawing import Sampling, draw
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset
 from .policy import CausalPolicy, load_model
-from .rollout import Rollout, collect_sampled
+from .rollout import Narrow, Rollout, both_masks, collect_sampled
 from .stepping import Act, collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task
@@ -45,7 +45,8 @@ def collect(
 
     Args:
         env: a textrl environment, single or vector. A wrapped one is stepped, and rounded up to a multiple of its rows.
-        model: who acts: an agent, a language model, or its folder or name.
+        model: who acts, inside the task's action masks: an agent (NLPO inside its own too; of BestOfN, what draws its
+            samples, whose log-probabilities are known), a language model, its folder or name.
         episodes: how many, at least 1.
         dataset: where they go: an id that ends in a version ("textrl/copy/random-v0"), kept where Minari keeps its
             datasets (`MINARI_DATASETS_PATH`, or `~/.minari/datasets`); else, and for every `Path`, a new folder.
@@ -63,6 +64,7 @@ def collect(
     check("seed", seed, seed >= 0, "at least 0")
     base = base_env(env)
     lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
+    narrow = model.narrow if isinstance(model, Agent) and model.narrows else None
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
     folder = dataset_folder(dataset)
@@ -73,7 +75,7 @@ def collect(
     while storage is None or storage.total_episodes < episodes:
         size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
         if is_bare(env):
-            rollout = collect_sampled(base, policy, size, rng=rng, generator=generator)
+            rollout = collect_sampled(base, policy, size, rng=rng, generator=generator, narrow=narrow)
         else:
             attached = env.unwrapped is base
             if attached:
@@ -82,7 +84,7 @@ def collect(
             rollout = collect_stepped(
                 env,
                 base.task,
-                _actor(env, stepper, base.temperature, generator),
+                _actor(env, stepper, base.temperature, generator, narrow),
                 size,
                 device=policy.device,
                 seed=seed if storage is None else None,
@@ -129,16 +131,19 @@ def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
     return storage
 
 
-def _actor(env: AnyEnv, stepper: StepwiseLM, temperature: float, generator: torch.Generator) -> Act:
-    """Draws from the stepper's logits, inside the environment's action masks where it has any."""
+def _actor(
+    env: AnyEnv, stepper: StepwiseLM, temperature: float, generator: torch.Generator, narrow: Narrow | None
+) -> Act:
+    """Draws from the stepper's logits, inside the action masks of environment and agent where there are any."""
     base = base_env(env)
-    masked = type(base.task).allowed_tokens is not Task.allowed_tokens
 
     def act(
         observations: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
         logits = stepper(observations)
-        masks = np.atleast_2d(base.action_masks()) if masked else None
+        masks = np.atleast_2d(base.action_masks()) if base.task.masked else None
+        if narrow is not None:
+            masks = both_masks(masks, narrow(observations))
         forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
         uniforms = torch.rand(len(observations), generator=generator).to(logits.device)
         tokens, logprobs = draw(logits, uniforms, Sampling(temperature), forbidden)

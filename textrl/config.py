@@ -24,13 +24,15 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update
-    score_start: float = 0.1  # weight of the score at first, on fresh samples with a KL penalty; it rises to 1
+    score_start: float = (
+        0.1  # weight of the score at first, with a KL penalty; rises to 1; not in ReST or with kl_target
+    )
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
     max_grad_norm: float = 1.0  # the gradient of each model is clipped to this norm; 0: not at all
     weight_decay: float = 0.0  # of AdamW
-    adam_beta2: float = 0.999  # decay of AdamW's mean of squared gradients
+    adam_beta2: float = 0.999  # decay of AdamW's mean of squared gradients; not of rows with clocks of their own
     row_clocks: bool = True  # rows of a tabular model have moments and a clock each, a beta2 of 0.999 (`optim.RowAdam`)
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
@@ -48,6 +50,7 @@ class AgentConfig:
             if isinstance(value, float):
                 fine = math.isfinite(value) or (math.isinf(value) and not each.name.endswith("_coef"))
                 check(each.name, value, fine, "a finite number")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to below 2**63")
         for name in ("batch_size", "max_tokens_per_microbatch"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         check("score_start", self.score_start, 0 < self.score_start <= 1, "above 0 and at most 1")
@@ -61,6 +64,7 @@ class AgentConfig:
         seconds = self.score_timeout
         check("score_timeout", seconds, seconds is None or 0 < seconds < math.inf, "a finite number above 0, or None")
         check("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "from 0 to below 1")
+        check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number from 0 up")
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")
 
 

@@ -26,7 +26,7 @@ from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_fil
 from .formats import FILE_OF_ROWS
 from .offline import example_ids, given_rollout
 from .policy import CausalPolicy
-from .rollout import Rollout, batched_logprobs, pad_responses
+from .rollout import Rollout, batched_logprobs, masks_along, pad_responses
 from .task import Task, shorten
 from .vector import TextVectorEnv
 
@@ -95,10 +95,6 @@ def read_episodes(
     return on_device(rollout, torch.device(device))
 
 
-Logged = "Rollout | MinariDataset | str | Path | Sequence[Mapping[str, Any]]"
-"""Whatever holds logged episodes; a `datasets.Dataset` is a sequence of rows too."""
-
-
 def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     """Logged episodes from wherever they are.
 
@@ -109,11 +105,22 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
         task: what was played.
         device: where the tensors go.
 
+    Returns:
+        the episodes, with the task's action masks and, beside these, the tokens that were taken in spite of them.
+
     Raises:
         ValueError: for anything else, naming the row.
     """
+    logged = on_device(_read(source, task, device), device)
+    if logged.allowed is None and (masks := masks_along(task, logged)) is not None:
+        logged.allowed = masks.scatter(2, logged.responses[..., None], True)  # what was done can be learned from
+    return logged
+
+
+def _read(source: Any, task: Task, device: torch.device) -> Rollout:
+    """The episodes as they were logged."""
     if isinstance(source, Rollout):
-        return on_device(source, device)
+        return source
     if isinstance(source, (str, Path)) and not is_file_name(source) and os.path.isfile(source):
         raise InputError(f"dataset must be a Minari dataset's folder or id, or {FILE_OF_ROWS}; got {found_at(source)}")
     if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":
@@ -133,7 +140,7 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     rollout.scores = torch.tensor(np.asarray(totals), dtype=torch.float32)
     if logprobs:
         rollout.logprobs = rollout.spread(_flat(logprobs))
-    return on_device(rollout, device)
+    return rollout
 
 
 def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int) -> Tensor:

@@ -103,7 +103,8 @@ class Evaluation:
         score: E[score].
         kl: E of the KL to the reference; 0 without one.
         entropy: E of the entropies of the next token.
-        share: (objective - start) / (optimum - start): 0 is the start, 1 the best there is.
+        share: (objective - start) / (optimum - start): 0 is the start, 1 the best there is. Where nothing can be gained
+            it is 1 for a policy that loses nothing, and NaN for one that does.
         optimum: the best objective.
         start: the objective of the reference, or of evenly drawn tokens where there is none.
     """
@@ -181,7 +182,10 @@ def evaluate_exact(
     score, kl, entropy = values.tolist()
     objective = score - kl_coef * kl
     gap = optimum - start
-    share = (objective - start) / gap if gap > 1e-12 else 1.0
+    if gap > 1e-12:
+        share = (objective - start) / gap
+    else:
+        share = 1.0 if objective >= optimum - 1e-9 else float("nan")
     return Evaluation(objective, score, kl, entropy, share, optimum, start)
 
 

@@ -157,8 +157,12 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
     return run
 
 
-def parse_env_args(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as keyword arguments; a value is JSON where it can be, else text."""
+def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, Any]:
+    """NAME=VALUE texts as keyword arguments; a value is JSON where it can be, else text.
+
+    Raises:
+        ValueError: for what is no such text, or has a flag: always, or, for prompts, where that flag is given.
+    """
     out: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -172,6 +176,8 @@ def parse_env_args(pairs: list[str]) -> dict[str, Any]:
             raise ValueError(f"--env-arg {name} is JSON too deeply nested") from None
         if name in ELSEWHERE:
             raise ValueError(f"--env-arg {name} is {ELSEWHERE[name]}")
+        if prompts_given and name in ("prompts", "skip_bad_rows"):
+            raise ValueError(f"--env-arg {name} must be left out with --prompts")
     return out
 
 
@@ -183,13 +189,16 @@ def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> An
         flag = "--" + field.name.replace("_", "-")
         kinds = [kind for kind in ("bool", "int", "float", "str") if kind in str(field.type)]
         help = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        if kinds == ["bool"]:
+        if str(field.type).startswith("tuple"):
+            kind = {"int": int, "float": float, "str": str}[kinds[0]]
+            parser.add_argument(flag, type=kind, nargs="+", default=field.default, metavar=kinds[0].upper(), help=help)
+        elif kinds == ["bool"]:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
         elif kinds:
             kind = {"int": int, "float": float, "str": str}[kinds[0]]
             parser.add_argument(flag, type=kind, default=field.default, metavar=kinds[0].upper(), help=help)
     parsed = parser.parse_args(arguments)
-    return config_class(**vars(parsed))
+    return config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in vars(parsed).items()})
 
 
 def field_comments(config_class: type[Any]) -> dict[str, str]:

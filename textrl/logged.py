@@ -15,6 +15,8 @@ from .render import escape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .agent import Agent
+
 
 def add_parsers(commands: Any) -> None:
     """Adds the two commands."""
@@ -43,7 +45,7 @@ def _policy_flags(parser: argparse.ArgumentParser, who: str) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt")
 
 
-def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | str]:
+def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedModel | str]:
     """The environment and the policy that a user named: those of a run, or an id and a model.
 
     Raises:
@@ -51,11 +53,12 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | s
     """
     from .policy import small_model
     from .stepping import base_env
+    from .trained import trained_agent
 
     if (options.folder is None) == (options.env is None):
         raise ValueError("either RUN or --env must be given, and not both; textrl envs lists the environments")
     if options.folder is None:
-        kwargs = parse_env_args(options.env_arg)
+        kwargs = parse_env_args(options.env_arg, options.prompts is not None)
         if options.prompts is not None:
             kwargs["prompts"] = options.prompts
         kwargs |= {"reference": options.reference, "kl_coef": options.kl_coef}
@@ -67,19 +70,20 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, PreTrainedModel | s
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --env; a RUN has its own")
     folder = Path(options.folder)
-    run = finished_run("RUN", folder)
-    return gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"]), str(folder / FINAL)
+    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), seed=0)
+    return agent.env, agent
 
 
 def collect_episodes(options: argparse.Namespace) -> None:
     """Writes the dataset and says where it is."""
+    from .agent import Agent
     from .collecting import collect
     from .policy import few_threads, load_model
 
-    env, model = env_and_model(options)
-    loaded = load_model(model)
-    with few_threads(loaded):
-        dataset = collect(env, loaded, options.episodes, options.dataset, options.seed)
+    env, who = env_and_model(options)
+    who = who if isinstance(who, Agent) else load_model(who)
+    with few_threads(who.model if isinstance(who, Agent) else who):
+        dataset = collect(env, who, options.episodes, options.dataset, options.seed)
     print(escape(f"wrote {dataset.total_episodes} episodes, {dataset.total_steps} tokens: {options.dataset}"))
 
 

@@ -16,7 +16,7 @@ cannot tell, whatever the intervals say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check
 from .episodes import as_episodes
+from .logprobs import NEVER
 from .policy import CausalPolicy, load_model
 from .returns import discounted_returns
-from .rollout import Rollout, batched_logprobs, microbatches
+from .rollout import Rollout, batched_logprobs, masks_along, microbatches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,7 +97,8 @@ def ope(
 
     Args:
         dataset: episodes with scores and logged log-probabilities, as `textrl.collect` writes them, or a `Rollout`.
-        model: the policy: an agent, a language model, its folder or name.
+        model: the policy, inside the task's action masks: an agent (for NLPO inside its own too; for BestOfN what draws
+            its samples), a language model, its folder or name.
         env: whose task, temperature, reference and KL coefficient hold.
         penalised: evaluates score - kl_coef * KL(pi || pi_ref) in place of the score.
         q: for "dr", a rollout -> estimates of Q(s_t, .), (B, T, V). Default: the mean return of each token at each
@@ -109,8 +111,10 @@ def ope(
     check("confidence", confidence, 0 < confidence < 1, "above 0 and below 1")
     base = base_env(env)
     lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
+    narrow = model.narrow if isinstance(model, Agent) and model.narrows else None
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
     logged = as_episodes(dataset, base.task, policy.device)
+    logged = replace(logged, allowed=masks_along(base.task, logged, narrow))  # those of the policy, whoever was logged
     check("dataset", f"{len(logged)} episodes", len(logged) >= 4, "at least 4 episodes")
     for name in ("logprobs", "scores"):
         known = not bool(getattr(logged, name).isnan().any())
@@ -125,7 +129,8 @@ def ope(
         assert base.reference is not None
         reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
         ref = batched_logprobs(reference, logged, TOKENS_AT_ONCE).double()
-        rewards -= base.kl_coef * (new - ref) * mask
+        possible = mask if logged.allowed is None else mask & (new > NEVER / 2)  # the others have a weight of 0
+        rewards -= torch.where(possible, base.kl_coef * (new - ref), 0.0)
         old_rewards -= base.kl_coef * (logged.logprobs.double() - ref) * mask
     weights = ((new - logged.logprobs.double()) * mask).cumsum(1).exp()  # (B, T)
     chosen, states = _q_and_v(policy, logged, rewards, q)

@@ -15,6 +15,7 @@ from .batch import lower_states
 from .batch import microbatches as microbatches
 from .batch import pad_responses as pad_responses
 from .batch import without as without
+from .config import check
 from .drawing import Sampling
 from .env import TextEnv
 from .generation import generate
@@ -61,6 +62,38 @@ def allowed_after(
         return mask
 
     return allowed
+
+
+def masks_along(task: Task, rollout: Rollout, narrow: Narrow | None = None) -> Tensor | None:
+    """The masks that held at every token of given episodes: (B, T, V) bool, or None where there are none.
+
+    Args:
+        task: whose masks.
+        rollout: episodes with their rows.
+        narrow: an agent's own masks, if it has any.
+
+    Raises:
+        ValueError: for episodes without rows, from which the task's masks follow.
+    """
+    rows, steps = rollout.rows, rollout.action_mask.shape[1]
+    known = not task.masked or (len(rows) == len(rollout) and all("prompt" in row for row in rows))
+    check("dataset", "episodes without rows", known, "episodes with their rows, from which the action masks follow")
+    fits = steps <= task.max_new_tokens
+    check("dataset", f"a response of {steps} tokens", fits, f"one with responses of at most {task.max_new_tokens}")
+    lengths = rollout.prompt_lengths.tolist()
+    prompts = [row[:n] for row, n in zip(rollout.tokens.cpu().numpy(), lengths, strict=True)]
+    ask = allowed_after(task, rows or [{}] * len(rollout), prompts, narrow)
+    if ask is None:
+        return None
+    responses = torch.where(rollout.action_mask, rollout.responses, task.vocab_size).cpu().numpy()  # (B, T)
+    written = np.full((len(rollout), task.max_new_tokens), task.vocab_size)
+    out = np.ones((len(rollout), steps, task.vocab_size), dtype=np.bool_)
+    for t in range(steps):
+        found = ask(written)
+        if found is not None:
+            out[:, t] = found
+        written[:, t] = responses[:, t]
+    return torch.from_numpy(out).to(rollout.tokens.device)
 
 
 def collect_sampled(

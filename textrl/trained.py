@@ -13,7 +13,7 @@ from .flags import agent_class, check_env_id
 
 
 def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
-    """The policy of a run, under the plain `Agent`: what an agent needs only to learn is left on disk.
+    """The policy of a run, under the plain `Agent` where its class acts as that does: the rest is left on disk.
 
     Args:
         final: where it was saved, in the run's folder.
@@ -24,7 +24,8 @@ def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = Fa
     cls = agent_class(run["agent"])
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
     manifest = verify(final)
-    if critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"]):
+    own = cls.narrow is not Agent.narrow or cls.respond is not Agent.respond
+    if own or (critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"])):
         return cls.load(final, env, seed=seed)
     if manifest["agent"] != cls.__name__:
         raise ValueError(f"folder {str(final)!r} holds a {manifest['agent']}, not a {cls.__name__}")

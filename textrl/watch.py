@@ -44,8 +44,8 @@ class Watch:
             "KL",
             kl > config.warn_kl,
             f"KL to the reference is {kl:.3g} nats a response, above warn_kl={config.warn_kl:g}: the policy may have"
-            " left the texts that the score can judge; a higher kl_coef usually mends it, or a kl_target, or a lower"
-            " learning_rate",
+            f" left the texts that the score can judge; {self._any('a higher kl_coef', 'a kl_target')} usually mends"
+            " it, or a lower learning_rate",
             1,
         )
         if rollout.completions and len(rollout) > 1 and not self._near_best(metrics):
@@ -62,23 +62,24 @@ class Watch:
         self._sign(
             "entropy",
             entropy < COLLAPSED * self.entropy,
-            f"entropy has collapsed: {entropy:.2g} nats a token, and {self.entropy:.2g} at first; a higher ent_coef or"
-            " kl_coef usually mends it, or a lower learning_rate",
+            f"entropy has collapsed: {entropy:.2g} nats a token, and {self.entropy:.2g} at first;"
+            f" {self._any('a higher kl_coef', 'a higher ent_coef')} usually mends it, or a lower learning_rate",
         )
         responses = rollout.responses
         self._sign(
             "equal",
             bool((responses == responses[0]).all()),
-            f"all responses of the last {IN_A_ROW} iterations are equal: {rollout.completions[0][:60]!r}; a higher"
-            " ent_coef or kl_coef usually mends it, a higher temperature of the environment, or a lower learning_rate",
+            f"all responses of the last {IN_A_ROW} iterations are equal: {rollout.completions[0][:60]!r};"
+            f" {self._any('a higher kl_coef', 'a higher ent_coef')} usually mends it, a higher temperature of the"
+            " environment, or a lower learning_rate",
         )
         self.ended |= bool(rollout.stopped.any())
         self._sign(
             "end",
             not self.ended,
-            "no response has ended by itself so far, all were cut off; a higher max_new_tokens usually mends it, or a"
-            f" tokenizer whose end token ({self.agent.tokenizer.eos_token!r}) is the one that the model was trained"
-            " with, or a missing_end_penalty",
+            "no response has ended by itself so far, all were cut off;"
+            f" {self._any('a higher max_new_tokens', 'a missing_end_penalty')} usually mends it, or a tokenizer whose"
+            f" end token ({self.agent.tokenizer.eos_token!r}) is the one that the model was trained with",
         )
         first = float(rollout.scores[0])
         constant = bool((rollout.scores == first).all())
@@ -94,6 +95,10 @@ class Watch:
         """Episodes were left out because their scores failed."""
         what = f"score failed for {len(faults)} of {asked} responses; they are left out, as on_score_error says: "
         self._sign("dropped", bool(faults), what + (faults[0] if faults else ""), 1)
+
+    def _any(self, first: str, setting: str) -> str:
+        """Either of two cures; the second only for an agent that has the setting, which is its last word."""
+        return f"{first} or {setting}" if hasattr(self.agent.config, setting.split()[-1]) else first
 
     def _sign(self, name: str, shown: bool, message: str, enough: int = IN_A_ROW) -> None:
         """Warns once a sign was there often enough in a row; after that never again."""
