@@ -94,12 +94,13 @@ class BPO(Agent):
         dataset: logged episodes: a Minari dataset that `textrl.collect` wrote, its id or folder, a `Rollout`,
             or rows (or a file of them) with "prompt" and "completion". May be left out for an agent that is loaded only
             to be used.
-        settings: as for every agent.
+        settings: fields of `BPOConfig`, as keywords.
     """
 
     config: BPOConfig
     config_class: ClassVar[type[AgentConfig]] = BPOConfig
     not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights")
+    needs_dataset = True
 
     def __init__(
         self,

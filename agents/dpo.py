@@ -90,7 +90,7 @@ class DPO(Agent):
             file that `read_preferences` reads. Token ids under "chosen_ids" and "rejected_ids" go before the texts and
             are taken as they are; the reference's summed log-probabilities under "ref_chosen_logps" and
             "ref_rejected_logps" are not computed again. May be left out for an agent that is loaded only to be used.
-        settings: as for every agent.
+        settings: fields of `DPOConfig`, as keywords.
     """
 
     config: DPOConfig

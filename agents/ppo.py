@@ -98,7 +98,7 @@ class PPO(Agent):
         critic: the setting "separate" or "shared"; or what a separate critic's trunk starts from in place of the
             policy's: a `RewardModel`, which keeps its own tokenizer, or a scalar model that reads the policy's tokens.
             Its head starts at zero.
-        settings: as for every agent.
+        settings: fields of `PPOConfig`, as keywords.
     """
 
     config: PPOConfig

@@ -1,14 +1,16 @@
 """ReST: reinforced self-training: grow a batch of samples, keep the good ones, fit them, again (Gulcehre 2023).
 
     grow      y ~ mu = pi as it is, R = score - kl_coef * (log mu - log pi_ref)
-    improve   for each of a few rising thresholds tau: w = min(1, exp((R - tau) / kl_coef)),
+    improve   for each of some rising quantiles q: w = min(1, exp((R - tau) / kl_coef)), tau so that mean w = 1 - q,
               loss = -mean w(y) log pi(y_t | x, y_<t) / mean w
 
-Without a KL penalty the filter is hard, w = 1 where R >= tau, as in the paper. With one it is rejection sampling (Liu
-2024, RSO) with the chance to be kept as a weight, which is less noisy than a draw: mu exp(R / kl_coef) is pi_ref
-exp(score / kl_coef), so that for a high threshold the weights are those of the optimum, and at the optimum R is the
-same for every response and all are kept: it is where the iteration rests. A batch is large, because what is fitted is
-the sample and not mu: its noise stays in the policy. The first batch may be a logged one, from whatever mu.
+Without a KL penalty the filter is hard, as in the paper: the best 1 - q are kept, ties at the threshold by the share
+that there is room for. With one it is rejection sampling (Liu 2024, RSO) with the chance to be kept as a weight, which
+is less noisy than a draw: mu exp(R / kl_coef) is pi_ref exp(score / kl_coef), so that for a high threshold the weights
+are those of the optimum, and at the optimum R is the same for every response and so is w: it is where the iteration
+rests. That a share is kept, and not all above a quantile of R, tells a rare success from failures that all score the
+same. A batch is large, because what is fitted is the sample and not mu: its noise stays in the policy. The first batch
+may be a logged one, from whatever mu.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class ReSTConfig(AgentConfig):
     batch_size: int = 64  # episodes a step of the fit
     grow_batches: int = 32  # so many batches are sampled at once
     group_size: int = 8  # samples of each prompt: thresholds are quantiles within a prompt
-    quantiles: tuple[float, ...] = (0.5, 0.7, 0.9)  # of the returns: the thresholds of the improve steps, rising
+    quantiles: tuple[float, ...] = (0.5, 0.7, 0.9)  # 1 - the share that each improve step keeps, rising
     epochs: int = 1  # passes over what each threshold kept
 
     def __post_init__(self) -> None:
@@ -53,18 +55,34 @@ class ReSTConfig(AgentConfig):
         check("quantiles", self.quantiles, len(rising) > 2 and rising == sorted(rising), "rising numbers from 0 to 1")
 
 
-NOTHING = 0.01
-"""Responses of less weight are left out of a fit: they cost as much as others."""
+NOTHING = 0.05
+"""Responses of less than this share of the mean weight are left out of a fit: they cost as much as others."""
 
 
 def keep_weights(returns: Tensor, groups: Tensor, quantile: float, kl_coef: float) -> Tensor:
-    """min(1, exp((R - tau) / kl_coef)), or R >= tau without a penalty; tau is each prompt's quantile: (B,) -> (B,)."""
-    kept = torch.zeros(len(returns), device=returns.device)
+    """min(1, exp((R - tau) / kl_coef)), tau so that their mean over a prompt is 1 - quantile: (B,), (B,) -> (B,).
+
+    At least one response's weight is left to each prompt. Without a penalty they are 1 above tau, 0 below it, and for
+    ties at tau in between.
+    """
+    kept = torch.zeros(len(returns), dtype=torch.float64, device=returns.device)
     for group in set(groups.tolist()):
         members = (groups == group).nonzero()[:, 0]
-        above = returns[members] - returns[members].quantile(quantile, interpolation="higher")
-        kept[members] = (above >= 0).float() if kl_coef == 0 else (above / kl_coef).clamp(max=0).exp()
-    return kept
+        room = max(1.0, (1 - quantile) * len(members))  # the sum of the weights
+        found, which = torch.unique(returns[members].double(), return_inverse=True)
+        counts = torch.bincount(which).double()
+        found, counts = found.flip(0), counts.flip(0)  # (n,) falling
+        above = counts.cumsum(0) - counts
+        if kl_coef == 0:
+            weights = ((room - above) / counts).clamp(0, 1)
+        else:  # tau if those `above` have a weight of 1: the others' exp((R - tau) / kl_coef) sum to room - above
+            logits = found / kl_coef
+            rest = (logits + counts.log()).flip(0).logcumsumexp(0).flip(0)
+            taus = rest - (room - above).clamp(min=1e-9).log()
+            tau = taus[(taus >= logits) & (above < room)][0]
+            weights = (logits - tau).clamp(max=0).exp()
+        kept[members] = weights.flip(0)[which]
+    return kept.float()
 
 
 class ReST(Agent):
@@ -75,7 +93,7 @@ class ReST(Agent):
         model: as for every agent.
         config: as for every agent.
         dataset: logged episodes to begin with, as for `BPO`; all prompts should have several. None: its own samples.
-        settings: as for every agent.
+        settings: fields of `ReSTConfig`, as keywords.
     """
 
     config: ReSTConfig
@@ -123,18 +141,18 @@ class ReST(Agent):
         returns, groups = rollout.rewards.sum(1), prompt_groups(rollout)
         rollout = replace(rollout, group_size=1)
         steps: list[dict[str, float]] = []
-        kept = 0.0
+        size = 0.0
         for quantile in self.config.quantiles:
             weights = keep_weights(returns, groups, quantile, self.base.kl_coef)
-            kept += float(weights.mean()) / len(self.config.quantiles)
-            chosen = (weights >= NOTHING).nonzero()[:, 0]
+            chosen = (weights >= NOTHING * weights.mean()).nonzero()[:, 0]
+            size += float(weights.sum() ** 2 / (weights**2).sum()) / len(self.config.quantiles)
             weights = torch.where(rollout.action_mask, (weights / weights[chosen].mean())[:, None], 0.0)  # (B, T)
             rollout = replace(rollout, advantages=weights)
             for _ in range(self.config.epochs):
                 for part in self.shuffled(len(chosen), -(-len(chosen) // self.config.batch_size)):
                     steps.append(self.minimise(self._loss, rollout.select(chosen[part])))
         numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        numbers["kept"] = kept
+        numbers["effective_sample_size"] = size
         return {f"train/{key}": value for key, value in numbers.items()}
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -47,7 +47,7 @@ class SFT(Agent):
         dataset: rows with "prompt" and "completion", texts, or a file of them. Longer responses are cut at the horizon.
             "completion_ids" go before a "completion" and are taken as they are. May be left out for an agent that is
             loaded only to be used.
-        settings: as for every agent.
+        settings: fields of `SFTConfig`, as keywords.
     """
 
     config: SFTConfig

@@ -208,10 +208,34 @@ def test_truncated_importance_loss_by_hand() -> None:
 
 def test_the_filter_of_rest_by_hand() -> None:
     returns, groups = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1])
-    assert keep_weights(returns, groups, 0.5, 0.0).tolist() == [0, 1, 1, 1, 1]
+    assert keep_weights(returns, groups, 0.5, 0.0).tolist() == [0, 0.5, 1, 0.5, 0.5]  # 1.5 of three, 1 of two
+    assert keep_weights(returns, groups, 0.0, 0.0).tolist() == [1, 1, 1, 1, 1]
+    # 1 + e^-a + e^-(a + 2) = 1.5 with a = (tau - 1) / 0.5: e^-a = 0.5 / (1 + e^-2), tau between 1 and 2
+    second = 0.5 / (1 + math.exp(-2))
     soft = keep_weights(returns, groups, 0.5, 0.5).tolist()
-    assert soft == pytest.approx([math.exp(-2), 1, 1, 1, 1])
-    assert keep_weights(returns, groups, 1.0, 0.5).tolist() == pytest.approx([math.exp(-4), math.exp(-2), 1, 1, 1])
+    assert soft == pytest.approx([second * math.exp(-2), second, 1, 0.5, 0.5])
+    # one of three is left: the weights are softmax(R / 0.5)
+    whole = 1 + math.exp(-2) + math.exp(-4)
+    last = keep_weights(returns, groups, 1.0, 0.5).tolist()
+    assert last == pytest.approx([math.exp(-4) / whole, math.exp(-2) / whole, 1 / whole, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01, 1.0, 100.0])
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.9])
+def test_a_filter_of_rest_keeps_its_share(quantile: float, kl_coef: float) -> None:
+    returns = torch.randint(-3, 4, (200,), generator=torch.Generator().manual_seed(0)).float()
+    weights = keep_weights(returns, torch.arange(200) % 2, quantile, kl_coef)
+    for group in (0, 1):
+        assert float(weights[group::2].mean()) == pytest.approx(1 - quantile, rel=1e-5)
+    assert float(weights.max()) <= 1
+    order = returns[::2].argsort()
+    assert bool((weights[::2][order].diff() >= 0).all())
+
+
+def test_a_rare_success_weighs_more_than_the_failures_that_are_the_quantile() -> None:
+    returns, groups = torch.tensor([*[0.0] * 18, 1.0, 1.0]), torch.zeros(20, dtype=torch.int64)
+    for kl_coef in (0.0, 0.05):
+        assert keep_weights(returns, groups, 0.5, kl_coef).tolist() == pytest.approx([*[8 / 18] * 18, 1, 1])
 
 
 def test_best_of_n_by_hand() -> None:
@@ -307,14 +331,15 @@ def test_dpo_keeps_some_pairs_to_learn_from() -> None:
 
 
 def test_rest_rests_at_the_optimum() -> None:
-    """At the optimum every response has the same return, and everything is kept."""
+    """At the optimum every response has the same return, and all weigh the same."""
     task = Weighted()
     ref = reference(task, 0)
     env = textrl.TextEnv(task, reference=ref, kl_coef=0.3)
     agent = ReST(env, textrl.solve(task, ref, 0.3).model(), device="cpu", learning_rate=0.0)
-    assert agent.update(agent.collect())["train/kept"] > 0.99
+    batch = agent.collect()
+    assert agent.update(batch)["train/effective_sample_size"] > 0.99 * len(batch)
     elsewhere = ReST(env, copy.deepcopy(ref).requires_grad_(True), device="cpu", learning_rate=0.0)
-    assert elsewhere.update(elsewhere.collect())["train/kept"] < 0.7
+    assert elsewhere.update(elsewhere.collect())["train/effective_sample_size"] < 0.7 * len(batch)
 
 
 def test_the_best_of_n_takes_the_arguments_of_generate() -> None:

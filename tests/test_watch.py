@@ -97,6 +97,13 @@ def test_no_end_token():
     assert "'<end>'" in message
 
 
+def test_texts_that_others_wrote_are_no_signs():
+    """All alike, of one score and cut off, far from the reference: BPO is given them and did not say them."""
+    env = text_env(reference=small_model(4, 8, 5), kl_coef=0.1)
+    rows = [{"prompt": "a", "completion_ids": [1, 1, 1, 1], "logprobs": [-0.1] * 4}] * 4
+    assert said(agents.BPO(env, dataset=rows, batch_size=4, warn_kl=1e-4), 100) == []
+
+
 def test_a_constant_score():
     env = text_env(lambda completions: [0.25] * len(completions))
     message = one(said(agents.REINFORCE(env, batch_size=16)), "score is 0.25 for every response")

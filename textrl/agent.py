@@ -51,7 +51,8 @@ class Agent:
         peft_config: of an adapter (`peft.LoraConfig`), which is then all that learns; a model that has an adapter goes
             on learning it. Where the environment's reference is the model as it starts, it holds no second copy of the
             base weights; `model` and reference may then be one object.
-        settings: single fields of the config, as keywords; they win over `config`.
+        settings: single fields of the config, as keywords; they win over `config`. `textrl train AGENT --settings` and
+            the class of `config_class` list them.
 
     Attributes:
         model: the policy, a `PreTrainedModel`.

@@ -37,7 +37,9 @@ class Watch:
         self.rows: dict[str, int] = {}  # by sign, how many iterations in a row have shown it
 
     def see(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Looks at a batch that was just learned from."""
+        """Looks at a batch that was just learned from, if the agent said it: given texts say nothing of the agent."""
+        if self.agent.needs_dataset:
+            return
         config = self.agent.config
         kl = metrics.get("rollout/kl_reference", 0.0)
         self._sign(
