@@ -189,14 +189,12 @@ def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> An
         flag = "--" + field.name.replace("_", "-")
         kinds = [kind for kind in ("bool", "int", "float", "str") if kind in str(field.type)]
         help = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        if str(field.type).startswith("tuple"):
-            kind = {"int": int, "float": float, "str": str}[kinds[0]]
-            parser.add_argument(flag, type=kind, nargs="+", default=field.default, metavar=kinds[0].upper(), help=help)
-        elif kinds == ["bool"]:
+        if kinds == ["bool"]:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
         elif kinds:
-            kind = {"int": int, "float": float, "str": str}[kinds[0]]
-            parser.add_argument(flag, type=kind, default=field.default, metavar=kinds[0].upper(), help=help)
+            kind = {"bool": bool, "int": int, "float": float, "str": str}[kinds[0]]
+            many = "+" if str(field.type).startswith("tuple") else None
+            parser.add_argument(flag, type=kind, nargs=many, default=field.default, metavar=kinds[0].upper(), help=help)
     parsed = parser.parse_args(arguments)
     return config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in vars(parsed).items()})
 

@@ -75,6 +75,8 @@ def masks_along(task: Task, rollout: Rollout, narrow: Narrow | None = None) -> T
     Raises:
         ValueError: for episodes without rows, from which the task's masks follow.
     """
+    if narrow is None and not task.masked:
+        return None
     rows, steps = rollout.rows, rollout.action_mask.shape[1]
     known = not task.masked or (len(rows) == len(rollout) and all("prompt" in row for row in rows))
     check("dataset", "episodes without rows", known, "episodes with their rows, from which the action masks follow")
@@ -83,8 +85,7 @@ def masks_along(task: Task, rollout: Rollout, narrow: Narrow | None = None) -> T
     lengths = rollout.prompt_lengths.tolist()
     prompts = [row[:n] for row, n in zip(rollout.tokens.cpu().numpy(), lengths, strict=True)]
     ask = allowed_after(task, rows or [{}] * len(rollout), prompts, narrow)
-    if ask is None:
-        return None
+    assert ask is not None
     responses = torch.where(rollout.action_mask, rollout.responses, task.vocab_size).cpu().numpy()  # (B, T)
     written = np.full((len(rollout), task.max_new_tokens), task.vocab_size)
     out = np.ones((len(rollout), steps, task.vocab_size), dtype=np.bool_)
