@@ -21,7 +21,7 @@ from .config import check_type
 from .drawing import Sampling, draw
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset
-from .policy import CausalPolicy, load_model
+from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
 from .stepping import Act, collect_stepped
 from .stepwise import StepwiseLM
@@ -72,27 +72,28 @@ def collect(
         raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
     stepper = StepwiseLM(policy, base.task.vocab_size)
     storage: Any = None  # made when there is something to write, so that what fails at once leaves nothing behind
-    while storage is None or storage.total_episodes < episodes:
-        size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
-        if is_bare(env):
-            rollout = collect_sampled(base, policy, size, rng=rng, generator=generator, narrow=narrow)
-        else:
-            attached = env.unwrapped is base
-            if attached:
-                base.policy = stepper
-            missing = 0.0 if attached or base.reference is None else base.kl_coef
-            rollout = collect_stepped(
-                env,
-                base.task,
-                _actor(env, stepper, base.temperature, generator, narrow),
-                size,
-                device=policy.device,
-                seed=seed if storage is None else None,
-                missing_penalty=missing,
-            )
-        if storage is None:
-            storage = _new_storage(dataset, env, type(model).__name__)
-        storage.update_episodes(_buffers(rollout, base.task))
+    with few_threads(lm):
+        while storage is None or storage.total_episodes < episodes:
+            size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
+            if is_bare(env):
+                rollout = collect_sampled(base, policy, size, rng=rng, generator=generator, narrow=narrow)
+            else:
+                attached = env.unwrapped is base
+                if attached:
+                    base.policy = stepper
+                missing = 0.0 if attached or base.reference is None else base.kl_coef
+                rollout = collect_stepped(
+                    env,
+                    base.task,
+                    _actor(env, stepper, base.temperature, generator, narrow),
+                    size,
+                    device=policy.device,
+                    seed=seed if storage is None else None,
+                    missing_penalty=missing,
+                )
+            if storage is None:
+                storage = _new_storage(dataset, env, type(model).__name__)
+            storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
 
 

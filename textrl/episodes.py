@@ -105,22 +105,11 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
         task: what was played.
         device: where the tensors go.
 
-    Returns:
-        the episodes, with the task's action masks and, beside these, the tokens that were taken in spite of them.
-
     Raises:
         ValueError: for anything else, naming the row.
     """
-    logged = on_device(_read(source, task, device), device)
-    if logged.allowed is None and (masks := masks_along(task, logged)) is not None:
-        logged.allowed = masks.scatter(2, logged.responses[..., None], True)  # what was done can be learned from
-    return logged
-
-
-def _read(source: Any, task: Task, device: torch.device) -> Rollout:
-    """The episodes as they were logged."""
     if isinstance(source, Rollout):
-        return source
+        return on_device(source, device)
     if isinstance(source, (str, Path)) and not is_file_name(source) and os.path.isfile(source):
         raise InputError(f"dataset must be a Minari dataset's folder or id, or {FILE_OF_ROWS}; got {found_at(source)}")
     if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":
@@ -140,19 +129,22 @@ def _read(source: Any, task: Task, device: torch.device) -> Rollout:
     rollout.scores = torch.tensor(np.asarray(totals), dtype=torch.float32)
     if logprobs:
         rollout.logprobs = rollout.spread(_flat(logprobs))
-    return rollout
+    return on_device(rollout, device)
 
 
 def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int) -> Tensor:
-    """Asks an environment's reference about logged episodes; gives their returns, (B,).
+    """Readies logged episodes to be learned from: action masks, the reference's opinion; gives their returns, (B,).
 
-    They are score - kl_coef * (log mu - log pi_ref), mu the policy that was logged; the score where mu is not known.
+    The masks are the task's, where none are known, and what was done in spite of them. The returns are
+    score - kl_coef * (log mu - log pi_ref), mu the policy that was logged; the score where mu is not known.
 
     Raises:
         ValueError: for episodes whose scores are not known.
     """
     bad = bool(logged.scores.isnan().any())
     check("dataset", "episodes without scores", not bad, "episodes whose scores are known")
+    if logged.allowed is None and (masks := masks_along(base.task, logged)) is not None:
+        logged.allowed = masks.scatter(2, logged.responses[..., None], True)
     if base.reference is not None:
         reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
         logged.ref_logprobs = batched_logprobs(reference, logged, tokens_at_once)

@@ -76,14 +76,10 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
 
 def collect_episodes(options: argparse.Namespace) -> None:
     """Writes the dataset and says where it is."""
-    from .agent import Agent
     from .collecting import collect
-    from .policy import few_threads, load_model
 
-    env, who = env_and_model(options)
-    who = who if isinstance(who, Agent) else load_model(who)
-    with few_threads(who.model if isinstance(who, Agent) else who):
-        dataset = collect(env, who, options.episodes, options.dataset, options.seed)
+    env, model = env_and_model(options)
+    dataset = collect(env, model, options.episodes, options.dataset, options.seed)
     print(escape(f"wrote {dataset.total_episodes} episodes, {dataset.total_steps} tokens: {options.dataset}"))
 
 
