@@ -127,8 +127,10 @@ BAD = {
     "clip_coef must be above 0 and below 1; got 3.0": ["train", "ppo", *COPY, "--clip-coef", "3"],
     "dataset must be a file that exists": ["train", "sft", *COPY, "--dataset", "absent.jsonl"],
     "--resume must be the --log-dir of a textrl train; 'absent' has no run.json": ["train", "--resume", "absent"],
-    "--resume takes everything from the run": ["train", "ppo", "--resume", "absent"],
-    "give no agent, options and settings with it": ["train", "--resume", "absent", "--total-timesteps", "5"],
+    "--resume takes everything from the run: leave out ppo\n": ["train", "ppo", "--resume", "absent"],
+    "--resume takes everything from the run: leave out --total-timesteps --clip-coef 0.1": [
+        *("train", "--resume", "absent", "--total-timesteps", "5", "--clip-coef", "0.1"),
+    ],
     "--skip-bad-rows must be left out without --prompts": ["train", "ppo", *COPY, "--skip-bad-rows"],
     "--env-arg prompts must be left out with --prompts": [
         *("train", "ppo", "--env", "textrl/Text-v0", "--prompts", "p.jsonl"),

@@ -147,8 +147,9 @@ def train_agent(options: argparse.Namespace) -> None:
 
     if options.resume is not None:
         changed = [name for name, value in options.untouched.items() if getattr(options, name) != value]
-        if options.rest or set(changed) - {"resume", "quiet"}:
-            raise ValueError("--resume takes everything from the run: give no agent, options and settings with it")
+        flags = [f"--{name.replace('_', '-')}" for name in changed if name not in ("agent", "resume", "quiet")]
+        if extra := [*flags, *options.rest, *([options.agent] if options.agent else [])]:
+            raise ValueError(f"--resume takes everything from the run: leave out {' '.join(extra)}")
         resume_run(Path(options.resume), options.quiet)
         return
     if options.agent is None:
