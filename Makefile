@@ -22,7 +22,8 @@ lint: $(VENV)/test.done
 types: $(VENV)/test.done
 	$(BIN)/mypy
 
-# The built wheel in an environment of its own, under the tests that a file or an entry point left out of it would fail.
+# The built wheel in an environment of its own, without extras, under the tests that a file, an entry point or a
+# dependency left out of it would fail.
 WHEEL_TESTS := test_imports.py test_envs_conformance.py test_cli.py test_plugins.py test_report.py test_render.py
 wheel: $(VENV)/test.done
 	rm -rf build dist
@@ -30,7 +31,7 @@ wheel: $(VENV)/test.done
 	$(PYTHON) -m venv --clear $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch==2.13.0
 	$(VENV)-wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-		"$$(ls dist/*.whl)[test]"
+		dist/*.whl pytest pytest-xdist
 	cd tests && ../$(VENV)-wheel/bin/python -P -m pytest -n auto -c ../pyproject.toml --rootdir=. -m "not slow" $(WHEEL_TESTS)
 
 # torch first and by version: a ready CPU build is taken where one is offered.

@@ -77,6 +77,17 @@ def test_generate_keeps_inside_the_masks_of_the_tasks_own_prompts():
     assert agent.generate(["bc"], deterministic=True) == ["bbbb"]  # nobody said what holds here
 
 
+def test_generate_takes_prompts_longer_than_those_learned_from():
+    agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")  # reads 8 tokens, prompts have up to 3
+    own = agent.generate(["a"], max_new_tokens=2, deterministic=True)[0]
+    assert own != "bb"  # "b" is never the first
+    assert agent.generate(["cabac", "a"], max_new_tokens=2, deterministic=True) == ["bb", own]
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 2: the model reads no longer text; got 4"):
+        agent.generate(["cabac"])
+    with pytest.raises(ValueError, match=r"prompts must be texts of less than 8 tokens, .*; one has 9; got 'abcabcab'"):
+        agent.generate(["a", "abcabcab"])
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [(np.ones(3), r"action_masks must be of shape \(1, 4\)"), (np.zeros(4), "at least one token in each row")],

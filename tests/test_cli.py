@@ -200,21 +200,23 @@ def test_files_that_no_run_wrote_are_one_line(command, capsys, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "run.json"]
 
 
-def test_other_things_under_the_names_of_files_are_one_line(capsys, tmp_path, monkeypatch):
+def test_a_file_of_prompts_that_leads_nowhere_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
-    (tmp_path / "junk/data").mkdir(parents=True)
-    (tmp_path / "junk/data/main_data.hdf5").write_text("junk")
-    (tmp_path / "junk/data/metadata.json").write_text("{}")
-    text = ["--env", "textrl/Text-v0", "--prompts", "loop.jsonl"]
-    for said, arguments in (
-        ("prompts must be a file that exists", ["train", "ppo", *text]),
-        ("cannot be read as a Minari dataset", ["train", "bpo", *COPY, "--dataset", "junk"]),
-        ("cannot be read as a Minari dataset", ["ope", *COPY, "--dataset", "junk"]),
-    ):
-        code, _, err = run(capsys, *arguments)
-        assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
+    code, _, err = run(capsys, "train", "ppo", "--env", "textrl/Text-v0", "--prompts", "loop.jsonl")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "prompts must be a file that exists" in err
+
+
+@pytest.mark.parametrize("command", [["train", "bpo"], ["ope"]], ids=" ".join)
+def test_a_folder_that_is_no_dataset_is_one_line(command, capsys, tmp_path):
+    pytest.importorskip("minari")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/main_data.hdf5").write_text("junk")
+    (tmp_path / "data/metadata.json").write_text("{}")
+    code, _, err = run(capsys, *command, *COPY, "--dataset", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "cannot be read as a Minari dataset" in err
 
 
 def test_a_run_of_relative_paths_is_loaded_from_anywhere(capsys, tmp_path, monkeypatch):

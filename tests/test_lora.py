@@ -214,3 +214,17 @@ def test_what_is_wrong_is_said():
         PPO(environment(base), base, peft_config={"r": 4})
     with pytest.raises(ValueError, match="trainable_layers must be None for a model with an adapter"):
         PPO(environment(base), base, peft_config=lora(), trainable_layers=1)
+
+
+def test_the_exact_answer_takes_a_peft_model(tmp_path):
+    torch.manual_seed(0)
+    reference = small_model(4, 8)
+    agent = PPO(environment(reference), copy.deepcopy(reference), peft_config=lora(), batch_size=8, device="cpu")
+    agent.learn(200)
+    agent.save(tmp_path / "agent")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "agent")
+    found = [
+        textrl.evaluate_exact(Letters(), model, reference=reference, kl_coef=0.1) for model in (agent.model, loaded)
+    ]
+    assert found[0].kl > 0
+    assert found[0].objective == pytest.approx(found[1].objective, abs=1e-9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -129,12 +129,12 @@ def responses_to(
     steps = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     check("max_new_tokens", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1")
     rows = [_row_of(task, prompt) for prompt in prompts]
-    encoded = [task.encode(row) for row in rows]
-    room = longest_text(agent.model) - max(map(len, encoded))
+    encoded = [task.encode(row, any_length=True) for row in rows]
+    lengths, limit = [len(ids) for ids in encoded], longest_text(agent.model)
+    longest, room = max(lengths), limit - max(lengths)
+    said = f"texts of less than {limit} tokens, which is what the model reads; one has {longest}"
+    check("prompts", prompts[lengths.index(longest)], room > 0, said)
     check("max_new_tokens", steps, steps <= room, f"at most {room}: the model reads no longer text")
-    narrow = agent.narrow if agent.narrows else None
-    known = task.rows is None or all(row in task.rows for row in rows)
-    fits = known and steps <= task.max_new_tokens  # the masks are about the task's own prompts and length
     sampled = generate(
         agent.policy,
         encoded,
@@ -142,11 +142,10 @@ def responses_to(
         [task.eos_token_id],
         sampling=sampling,
         generator=agent.generator,
-        allowed=allowed_after(task, rows, encoded, narrow) if fits else None,
+        allowed=_masks_of_own(agent, rows, encoded) if steps <= task.max_new_tokens else None,
         stop=stop_at(stop_strings, task.decode) if stop_strings else None,
     )
-    lengths = sampled.lengths.tolist()
-    return rows, [r[:n] for r, n in zip(sampled.responses.tolist(), lengths, strict=True)]
+    return rows, [r[:n] for r, n in zip(sampled.responses.tolist(), sampled.lengths.tolist(), strict=True)]
 
 
 def allowed_at(batch: Rollout) -> Tensor | None:
@@ -191,6 +190,28 @@ def _response(task: Task, observation: NDArray[np.int64], start: int) -> NDArray
 def _row_of(task: Task, prompt: str) -> Row:
     """The task's row with this prompt, or one with nothing else."""
     return next((row for row in task.rows or () if row["prompt"] == prompt), {"prompt": prompt})
+
+
+def _masks_of_own(
+    agent: Agent, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]]
+) -> Callable[[NDArray[np.int64]], Masks] | None:
+    """What `allowed_after` gives for the rows that are the task's own; for others all tokens."""
+    task = agent.task
+    fits = [len(ids) <= task.max_prompt_tokens for ids in prompts]
+    own = [i for i, row in enumerate(rows) if fits[i] and (task.rows is None or row in task.rows)]
+    narrow = agent.narrow if agent.narrows else None
+    after = allowed_after(task, [rows[i] for i in own], [prompts[i] for i in own], narrow) if own else None
+    if after is None:
+        return None
+
+    def allowed(responses: NDArray[np.int64]) -> Masks:
+        masks = np.ones((len(rows), task.vocab_size), dtype=np.bool_)
+        found = after(responses[own])
+        if found is not None:
+            masks[own] = found
+        return masks
+
+    return allowed
 
 
 def _narrowed(agent: Agent, masks: Masks, observations: NDArray[np.int64]) -> Masks:

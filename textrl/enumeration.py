@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import plain_module
 from .config import check
 from .penalty import Policy
 from .policy import CausalPolicy, head_of, load_model
@@ -26,7 +27,8 @@ from .tabular import finite_rows, in_words
 from .task import Row, Task
 
 AnyPolicy: TypeAlias = PreTrainedModel | str | Path | Policy
-"""A model, the name or folder of one, or a callable observations (B, L) int64 -> next-token logits (B, V)."""
+"""A model (a `PeftModel` too), the name or folder of one, or a callable: observations (B, L) int64 -> next-token logits
+(B, V)."""
 
 MAX_RESPONSES = 2_000_000
 """A prompt with more responses than this is refused."""
@@ -106,6 +108,7 @@ def asker(
     task: Task, model: AnyPolicy | None, temperature: float, masked: bool = False
 ) -> Callable[[Tree], list[Tensor]]:
     """A function from a tree to the log-probabilities of every level, (n, V) float64 each."""
+    model = plain_module(model)
     if isinstance(model, (str, Path, PreTrainedModel)):
         loaded = load_model(model, task.tokenizer)
         twin = loaded if loaded.dtype == torch.float64 else copy.deepcopy(loaded).double()

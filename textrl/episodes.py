@@ -207,10 +207,10 @@ def minari_module() -> Any:
 
 def dataset_folder(dataset: str | Path) -> Path:
     """Where a dataset lies: a folder, or Minari's place for an id, which ends in a version."""
+    as_path("dataset", dataset)
     minari_module()
     from minari.storage import get_dataset_path
 
-    as_path("dataset", dataset)
     if isinstance(dataset, str) and re.fullmatch(r"\w[\w/.-]*-v\d+", dataset):
         dataset = Path(get_dataset_path(dataset))
     return Path(dataset).absolute()  # Minari loses its way from a relative one

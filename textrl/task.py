@@ -187,16 +187,20 @@ class Task:
         """Whether `max_prompt_tokens` is the default of a task that only samples, and says nothing of its prompts."""
         return self._prompt_limit is None and self.rows is None
 
-    def encode(self, row: Row) -> NDArray[np.int64]:
+    def encode(self, row: Row, *, any_length: bool = False) -> NDArray[np.int64]:
         """The token ids of a row's prompt, the begin token first: (p,) with 1 <= p <= P.
 
         Special-token strings inside a prompt are text, not special tokens.
+
+        Args:
+            row: of the task.
+            any_length: p may be above P, for a text that is not to be an observation.
 
         Raises:
             ValueError: for a prompt that is too long, has no tokens, or has text the tokenizer does not know.
         """
         ids = self._codec.encode(check_row(row)["prompt"])
-        if len(ids) > self.max_prompt_tokens:
+        if len(ids) > self.max_prompt_tokens and not any_length:
             raise ValueError(
                 f"prompt is {len(ids)} tokens long, longer than max_prompt_tokens={self.max_prompt_tokens}:"
                 f" {shorten(row['prompt'])}; shorten it or raise max_prompt_tokens"
