@@ -15,21 +15,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
 from textrl.critic import Critic, with_advantages
 from textrl.kl import AdaptiveKL, k3
+from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
 from textrl.textcritic import TextCritic, same_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,6 @@ class PPO(Agent):
 
     config: PPOConfig
     config_class: ClassVar[type[AgentConfig]] = PPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_critic_from",)
 
     def __init__(
         self,
@@ -116,8 +114,19 @@ class PPO(Agent):
     ) -> None:
         if isinstance(critic, str):
             settings["critic"], critic = critic, None
+        right = '"separate", "shared", a RewardModel or a scalar model'
+        check("critic", critic, critic is None or isinstance(critic, (RewardModel, PreTrainedModel)), right)
         self._critic_from = critic
         super().__init__(env, model, config, **settings)
+        del self._critic_from
+
+    @classmethod
+    def saved_arguments(cls, folder: Path) -> dict[str, Any]:
+        """A separate critic that lies whole in the folder, with its tokenizer where it has one of its own."""
+        critic = folder / "critic"
+        if not critic.is_dir():
+            return {}
+        return {"critic": RewardModel.load(critic) if (critic / "tokenizer.json").is_file() else load_scalar(critic)}
 
     def build(self) -> None:
         """Adds the critic: a scalar model of its own, or a head on the policy's trunk; both start at zero."""
@@ -151,6 +160,7 @@ class PPO(Agent):
         scalar = start.model if isinstance(start, RewardModel) else start
         critic = Critic(self.policy, scalar or self.model, self.config.trainable_layers)
         if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, self.tokenizer):
+            self.tokenizers["critic"] = start.tokenizer
             return TextCritic(critic.model, start.tokenizer, self.task), critic.model
         return critic, critic.model
 

@@ -332,6 +332,19 @@ def test_a_reward_models_head_starts_at_its_std_and_the_critic_can_start_from_it
     assert (reward.model.score.weight != 0).any()
 
 
+def test_a_critic_of_another_size_than_the_policy_is_loaded_with_it(tmp_path):
+    env = textrl.TextEnv(Letters())
+    for policy in (llama(), textrl.tabular_model(env.task)):
+        agent = PPO(env, policy, critic=value_model(small_model(5, 64)), batch_size=16, device="cpu")
+        agent.update(agent.collect())
+        agent.save(tmp_path / "agent")
+        again, rollout = PPO.load(tmp_path / "agent", env), agent.collect()
+        assert type(again.critic) is type(agent.critic)
+        assert torch.equal(again.value(rollout), agent.value(rollout))
+    with pytest.raises(ValueError, match=r"^critic must be .*shared.*a RewardModel or a scalar model; got 3$"):
+        PPO(env, llama(), critic=3)
+
+
 def test_policy_and_critic_can_share_one_trunk():
     agent = PPO(textrl.TextEnv(Letters()), llama(), batch_size=16, learning_rate=1e-3)
     shared = PPO(textrl.TextEnv(Letters()), llama(), replace(agent.config, critic="shared"))

@@ -81,8 +81,12 @@ def test_the_critic_of_ppo_keeps_the_reward_models_tokenizer(tmp_path):
     assert explained[-1] > 0.15, "it learns what its texts are worth, as far as the text so far says"
     assert any(not torch.equal(start[name], weight) for name, weight in agent.critic.state_dict().items())
     agent.save(tmp_path / "agent")
-    again = PPO.load(tmp_path / "agent", env, critic=scorer)
-    torch.testing.assert_close(again.value(rollout), agent.value(rollout))
+    for given in ({}, {"critic": scorer}):
+        again = PPO.load(tmp_path / "agent", env, **given)
+        assert isinstance(again.value, TextCritic)
+        assert torch.equal(again.value(rollout), agent.value(rollout))
+    with pytest.raises(ValueError, match=r"agent/critic' holds the weights of another model \(size mismatch .*\)$"):
+        PPO.load(tmp_path / "agent", env, critic=small_model(4, 8))
     shared = PPO(env, small_model(4, 8), critic=RewardModel(loud_critic(4), env.task.tokenizer), device="cpu")
     assert not isinstance(shared.value, TextCritic)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,9 +245,21 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def load_own_weights(module: nn.Module, file: Path) -> None:
     """Puts back what `own_weights` gave."""
-    unknown = module.load_state_dict(load_file(file), strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"{str(file)!r} holds the weights of another model: {unknown[:3]}")
+    put_back(module, load_file(file), file)
+
+
+def put_back(module: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Loads weights into a module that may hold others of its own, tied or shared.
+
+    Raises:
+        ValueError: where they are those of another model.
+    """
+    try:
+        wrong = module.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:  # a line for each weight of another shape, below one that says so
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+    if wrong or not weights:
+        raise ValueError(f"{str(where)!r} holds the weights of another model ({', '.join(wrong[:1]) or 'none'})")
 
 
 def own_weights(module: nn.Module, policy: nn.Module) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from .trunk import frozen_blocks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerFast
 
 
 class Agent:
@@ -67,7 +68,15 @@ class Agent:
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
     group_size = 1
     """Samples of each prompt in a rollout; an agent that compares samples of one prompt sets it."""
-    not_saved: ClassVar[tuple[str, ...]] = ("learning_rate", "group_size", "env", "base", "task", "tokenizer")
+    not_saved: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "group_size",
+        "env",
+        "base",
+        "task",
+        "tokenizer",
+        "tokenizers",
+    )
     """Attributes that follow from the arguments. All others that are numbers, tensors, generators, lists of these or
     have a `state_dict` are in a checkpoint; a subclass names those of its own that should not be."""
 
@@ -99,6 +108,9 @@ class Agent:
         self.policy.frozen_blocks = frozen_blocks(self.model)
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
+        self.tokenizers: dict[
+            str, PreTrainedTokenizerFast
+        ] = {}  # of other modules than the policy, to be saved by them
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
         self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes
@@ -324,6 +336,11 @@ class Agent:
     def save(self, folder: str | Path) -> None:
         """Writes the policy (loadable with `from_pretrained`), the tokenizer, every other module and the settings."""
         checkpoint.save_agent(self, as_path("folder", folder))
+
+    @classmethod
+    def saved_arguments(cls, folder: Path) -> dict[str, Any]:
+        """The constructor's arguments, beside settings, that `load` finds in what `save` wrote; by default none."""
+        return {}
 
     @classmethod
     def load(cls, folder: str | Path, env: AnyEnv, **settings: Any) -> Self:

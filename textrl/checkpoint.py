@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import state
-from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, save_adapter
+from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
 from .disk import file_hash as file_hash
 from .disk import read_json
 from .disk import sync as sync
@@ -163,15 +163,10 @@ def save_module(module: nn.Module, folder: Path, name: str) -> None:
 
 def load_module(module: nn.Module, folder: Path, name: str) -> None:
     """Puts the weights that `save_module` wrote into a module of the same form."""
-    if not isinstance(module, PreTrainedModel):
-        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        return
-    weights = {}
-    for file in sorted((folder / name).glob("model*.safetensors")):  # a large model is written in several
-        weights.update(load_file(file))
-    unknown = module.load_state_dict(weights, strict=False).unexpected_keys  # weights that are tied are written once
-    if unknown or not weights:
-        raise CheckpointError(f"{str(folder / name)!r} holds the weights of another model: {unknown[:3]}")
+    whole = isinstance(module, PreTrainedModel)  # a large one is written in several files, what is tied once
+    where = folder / (name if whole else f"{name}.safetensors")
+    files = sorted(where.glob("model*.safetensors")) if whole else [where]
+    put_back(module, {key: weight for file in files for key, weight in load_file(file).items()}, where)
 
 
 def save_state(folder: Path, content: Any, tensors: state.Tensors) -> None:
@@ -205,6 +200,9 @@ def save_agent(agent: Agent, folder: Path) -> None:
             else:
                 save_file(own_weights(module, agent.model), part / f"{name}.safetensors")
         agent.tokenizer.save_pretrained(part)
+        for name, tokenizer in agent.tokenizers.items():
+            if (part / name).is_dir():
+                tokenizer.save_pretrained(part / name)
         tensors: state.Tensors = {}
         content = {
             "agent": state.pack_attributes(agent, tensors, skipped(agent)),
@@ -288,6 +286,6 @@ def load_agent(cls: type[AgentT], folder: Path, env: Any, settings: Mapping[str,
     manifest = verify(folder)
     if manifest["agent"] != cls.__name__:
         raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
-    agent = cls(env, str(folder), **{**manifest["config"], **settings})
+    agent = cls(env, str(folder), **{**manifest["config"], **cls.saved_arguments(folder), **settings})
     _restore(agent, folder, manifest, new_settings=True)
     return agent

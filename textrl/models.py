@@ -266,6 +266,13 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     return scalar  # type: ignore[no-any-return]
 
 
+def load_scalar(folder: str | Path) -> PreTrainedModel:
+    """A sequence classifier with one label from a folder or a hub name, in the dtype that it was saved in."""
+    register_tabular()
+    found = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
+    return found  # type: ignore[no-any-return]
+
+
 def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:
     """The parameters of these modules that learn, each once."""
     seen: set[int] = set()

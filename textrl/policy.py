@@ -15,6 +15,7 @@ from .logprobs import pieces, token_logprobs
 from .models import check_vocabulary as check_vocabulary
 from .models import few_threads as few_threads
 from .models import load_model as load_model
+from .models import load_scalar as load_scalar
 from .models import pick_device as pick_device
 from .models import pick_dtype as pick_dtype
 from .models import recompute_blocks as recompute_blocks

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .checkpoint import verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
 from .hub import check_source
-from .policy import alike, value_model, values_at, without_dropout
+from .policy import alike, load_scalar, value_model, values_at, without_dropout
 from .reward_training import RewardModelConfig as RewardModelConfig
 from .reward_training import preference_loss as preference_loss
 from .reward_training import train_reward_model as train_reward_model
@@ -83,7 +83,7 @@ class RewardModel:
         check_source(str(folder), "folder")
         verify_if_ours(Path(folder))
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
+            model = load_scalar(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
