@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from textrl.arguments import MOST
-from textrl.config import as_path, check, check_type
+from textrl.config import as_path, check, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class RLHFConfig:
 
     def __post_init__(self) -> None:
         """Checks types and ranges, all of them before the first step begins."""
+        check_types(self)
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            check_type(name, value, str(field.type))
             if isinstance(value, float):
                 check(name, value, math.isfinite(value), "a finite number")
             if field.type == "int" and name != "seed":

@@ -77,6 +77,52 @@ def test_generate_keeps_inside_the_masks_of_the_tasks_own_prompts():
     assert agent.generate(["bc"], deterministic=True) == ["bbbb"]  # nobody said what holds here
 
 
+class Odd(Halves):
+    """Masks as an author may write them."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self._masks = masks
+
+    def allowed_tokens(self, rows, responses):
+        assert not (responses == 0).any(), "asked about a response that has ended"
+        return self._masks(len(rows))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (
+            lambda n: np.zeros((n, 4), dtype=bool),
+            "allowed_tokens must allow at least one token; none is allowed for .*'a",
+        ),
+        (lambda n: np.ones((n, 3), dtype=bool), r"allowed_tokens must give a bool array of shape \(., 4\); got bool"),
+        (lambda n: [[1, 0, 0, 1]] * n, r"allowed_tokens must give a bool array of shape \(., 4\); got int64"),
+    ],
+)
+def test_masks_that_are_none_are_named_wherever_they_are_asked_for(masks, message):
+    env = textrl.TextEnv(Odd(masks))
+    agent = textrl.Agent(env, small_model(4, 8), batch_size=4, device="cpu")
+    for ask in (
+        env.reset,
+        agent.collect,
+        lambda: agent.generate(["a"]),
+        lambda: agent.predict(np.array([[0, 1, *[4] * 5]])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    with pytest.raises(ValueError, match=message):
+        textrl.evaluate_exact(env.task, small_model(4, 8), masked=True)
+
+
+def test_masks_may_be_lists_and_leave_only_the_end():
+    task = Odd(lambda n: [[True, False, False, True]] * n)
+    rollout = textrl.Agent(textrl.TextEnv(task), small_model(4, 8), batch_size=64, device="cpu").collect()
+    assert set("".join(rollout.completions)) == {"c"} and 0 < rollout.stopped.float().mean() < 1
+    silent = textrl.Agent(textrl.TextEnv(Odd(lambda n: [[True, False, False, False]] * n)), small_model(4, 8))
+    assert silent.generate(["a"], min_new_tokens=2) == [""]
+
+
 def test_generate_takes_prompts_longer_than_those_learned_from():
     agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")  # reads 8 tokens, prompts have up to 3
     own = agent.generate(["a"], max_new_tokens=2, deterministic=True)[0]

@@ -68,7 +68,8 @@ def test_a_response_ends_with_the_end_token_unless_the_horizon_cuts_it() -> None
     task = Weighted()
     assert encode_response(task, "a", "bc") == ([0, 1], [2, 3, 0])
     assert encode_response(task, "a", "bcbc") == ([0, 1], [2, 3, 2, 3])
-    assert encode_response(task, "a", "bcbcb") == ([0, 1], [2, 3, 2, 3])
+    with pytest.warns(UserWarning, match="completions of more than max_new_tokens=4 tokens are cut there"):
+        assert encode_response(task, "a", "bcbcb") == ([0, 1], [2, 3, 2, 3])
     assert encode_response(task, "a", "") == ([0, 1], [0])
     assert encode_response(task, "a", "bc", end_token=False) == ([0, 1], [2, 3])
 

@@ -182,10 +182,35 @@ def test_agents(task):
     agent = PPO(env, device="cpu")
     refused("temperature must be a number above 0; got 0", lambda: agent.generate(["a"], temperature=0))
     refused("log_dir must be a path; got ''", lambda: agent.learn(10, log_dir=""))
-    refused("model must be a language model or a scalar model; got 5", lambda: PPO(env, critic=5, device="cpu"))
+    refused("log_dir must be a folder, or the name of a new one; got", lambda: agent.learn(10, log_dir=__file__))
+    refused("a RewardModel or a scalar model; got 5", lambda: PPO(env, critic=5, device="cpu"))
     refused("quantiles must be a tuple of numbers", lambda: ReST(env, quantiles="x", device="cpu"))
     for cls in (SFT, DPO):
         refused("dataset must be given", lambda cls=cls: cls(env, device="cpu").learn(10))
+
+
+class Silent(textrl.Agent):
+    def update(self, rollout):
+        pass
+
+
+def test_an_update_that_returns_nothing_is_named(task):
+    with pytest.raises(TypeError, match=r"Silent.update must return a dict of numbers; got None"):
+        Silent(textrl.TextEnv(task), device="cpu").learn(5)
+
+
+def test_numbers_of_numpy_are_numbers(task, tmp_path):
+    env = textrl.TextEnv(task)
+    numbers = {"seed": np.int64(3), "batch_size": np.int32(4), "learning_rate": np.float64(0.5)}
+    agent = PPO(env, device="cpu", **numbers)
+    agent.save(tmp_path / "agent")
+    config = PPO.load(tmp_path / "agent", env).config
+    assert (config.seed, config.batch_size, config.learning_rate) == (3, 4, 0.5)
+    assert {type(getattr(agent.config, name)) for name in numbers} == {int, float}
+    assert torch.equal(
+        textrl.tabular_model(task, std=1.0, seed=np.int64(2)).lm_head.weight,
+        textrl.tabular_model(task, std=1.0, seed=2).lm_head.weight,
+    )
 
 
 def test_a_tensor_of_one_number_is_a_score():

@@ -172,10 +172,8 @@ def known_masks(task: Task, observations: NDArray[np.int64]) -> Masks:
         kept = [(task.rows[k], each) for k, each in zip(fitting, responses, strict=True) if each is not None]
         if not kept:
             continue
-        found = task.allowed_tokens([row for row, _ in kept], np.stack([each for _, each in kept]))
-        if found is not None:
-            found = np.asarray(found, dtype=np.bool_)
-            masks[i] = found.all(0) if found.all(0).any() else found.any(0)
+        found = task.masks([row for row, _ in kept], np.stack([each for _, each in kept]))
+        masks[i] = found.all(0) if found.all(0).any() else found.any(0)
     return masks
 
 
@@ -194,7 +192,7 @@ def _row_of(task: Task, prompt: str) -> Row:
 
 def _masks_of_own(
     agent: Agent, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]]
-) -> Callable[[NDArray[np.int64]], Masks] | None:
+) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None:
     """What `allowed_after` gives for the rows that are the task's own; for others all tokens."""
     task = agent.task
     fits = [len(ids) <= task.max_prompt_tokens for ids in prompts]
@@ -204,11 +202,9 @@ def _masks_of_own(
     if after is None:
         return None
 
-    def allowed(responses: NDArray[np.int64]) -> Masks:
+    def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_]:
         masks = np.ones((len(rows), task.vocab_size), dtype=np.bool_)
-        found = after(responses[own])
-        if found is not None:
-            masks[own] = found
+        masks[own] = after(responses[own])
         return masks
 
     return allowed

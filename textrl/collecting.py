@@ -66,7 +66,7 @@ def collect(
     lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
     narrow = model.narrow if isinstance(model, Agent) and model.narrows else None
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
-    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
+    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(int(seed))
     folder = dataset_folder(dataset)
     if (folder / "data").exists():
         raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")

@@ -23,7 +23,7 @@ class AgentConfig:
 
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
-    batch_size: int = 64  # episodes an update
+    batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
     score_start: float = (
         0.1  # weight of the score at first, with a KL penalty; rises to 1; not in ReST or with kl_target
     )
@@ -44,9 +44,9 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         """Checks the types of all settings and the ranges of those that all agents share."""
+        check_types(self)
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            check_type(each.name, value, str(each.type))
             if isinstance(value, float):
                 fine = math.isfinite(value) or (math.isinf(value) and not each.name.endswith("_coef"))
                 check(each.name, value, fine, "a finite number")
@@ -93,6 +93,19 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         "None": value is None,
     }
     check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
+
+
+def check_types(config: Any) -> None:
+    """Checks all settings of a config against their annotations; numbers of numpy become Python's.
+
+    Raises:
+        ValueError: naming the setting, its value and what would be right.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):  # torch and JSON do not take them
+            object.__setattr__(config, field.name, value := value.item())
+        check_type(field.name, value, str(field.type))
 
 
 def is_count(value: Any) -> bool:

@@ -121,7 +121,7 @@ def asker(
     def ask(tree: Tree) -> list[Tensor]:
         levels = [logits.double().cpu() / temperature for logits in raw(tree.prompt)]
         if masked:
-            levels = [_masked(task, tree, t, logits) for t, logits in enumerate(levels)]
+            levels = _masked(task, tree, levels)
         return [logits.log_softmax(-1) for logits in levels]
 
     return ask
@@ -161,9 +161,15 @@ def _callable_logits(task: Task, policy: Policy | None, prompt: NDArray[np.int64
     return levels
 
 
-def _masked(task: Task, tree: Tree, level: int, logits: Tensor) -> Tensor:
-    before = prefixes(task, np.zeros(0, dtype=np.int64), level)
-    responses = np.full((len(before), task.max_new_tokens), task.vocab_size)
-    responses[:, :level] = before
-    mask = task.allowed_tokens([tree.rows[0]] * len(before), responses)
-    return logits if mask is None else logits.masked_fill(~torch.from_numpy(mask), -torch.inf)
+def _masked(task: Task, tree: Tree, levels: list[Tensor]) -> list[Tensor]:
+    """The logits inside the task's masks, which it is asked for where they let a response get."""
+    reached, out = np.ones(1, dtype=np.bool_), []
+    for level, logits in enumerate(levels):
+        before = prefixes(task, np.zeros(0, dtype=np.int64), level)[reached]
+        responses = np.full((len(before), task.max_new_tokens), task.vocab_size)
+        responses[:, :level] = before
+        mask = np.ones(logits.shape, dtype=np.bool_)
+        mask[reached] = task.masks([tree.rows[0]] * len(before), responses)
+        out.append(logits.masked_fill(~torch.from_numpy(mask), -torch.inf))
+        reached = (reached[:, None] & np.delete(mask, task.eos_token_id, 1)).reshape(-1)
+    return out

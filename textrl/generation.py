@@ -79,7 +79,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
-    allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None = None,
+    allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
     value: Callable[[Tensor], Tensor] | None = None,
     stop: Stop | None = None,
 ) -> Generation:
@@ -92,7 +92,7 @@ def generate(
         eos_token_ids: tokens that end a response.
         sampling: default: the policy's temperature, no truncation.
         generator: on the CPU, for the (B, T) random numbers, all drawn at once.
-        allowed: responses (B, T), V where unwritten -> (B, V) bool masks or None, in the order of the prompts.
+        allowed: responses (B, T), V where unwritten -> (B, V) bool masks, in the order of the prompts.
         value: a critic that reads what the head reads, (b, d) -> (b,).
         stop: ends a response by what it says, from `min_new_tokens` tokens on; `stop_at` makes one from texts.
 
@@ -173,20 +173,19 @@ class _Written:
         """Drops every row of the batch but these."""
         self.rows, self.running = self.rows[rows], self.running[rows]
 
-    def forbidden(
-        self, t: int, allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None
-    ) -> Tensor | None:
+    def forbidden(self, t: int, allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None) -> Tensor | None:
         """The tokens that cannot come at place t: (b, V) bool or None."""
         forbidden, device = None, self.responses.device
         if allowed is not None:
             seen = torch.arange(self.responses.shape[1], device=device) < self.counts[:, None]
             mask = allowed(torch.where(seen, self.responses, self.policy.vocab_size).cpu().numpy())
-            if mask is not None:
-                forbidden = ~torch.from_numpy(mask).to(device)[self.rows]
+            forbidden = ~torch.from_numpy(mask).to(device)[self.rows]
         if t < self.sampling.min_new_tokens:
             if forbidden is None:
                 forbidden = torch.zeros(len(self.rows), self.policy.vocab_size, dtype=torch.bool, device=device)
-            forbidden[:, self.ends] = True
+            longer = forbidden.clone()
+            longer[:, self.ends] = True
+            forbidden = torch.where(longer.all(1, keepdim=True), forbidden, longer)  # a mask may leave the end alone
         return forbidden
 
 

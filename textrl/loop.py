@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .memory import explained
 from .policy import few_threads
 from .rollout import Rollout
 from .runs import Checkpoints, Signals
+from .scores import shorten
 from .state import forget_caches
 from .watch import Watch
 
@@ -49,7 +50,8 @@ class Run:
             check_type(name, getattr(self, name), kind)
         check("callback", self.callback, self.callback is None or callable(self.callback), "a function or None")
         if self.log_dir is not None:
-            as_path("log_dir", self.log_dir)
+            folder = as_path("log_dir", self.log_dir)
+            check("log_dir", self.log_dir, folder.is_dir() or not folder.exists(), "a folder, or the name of a new one")
         check("checkpoint_every", every, every is None or every >= 1, "at least 1")
         check("keep", self.keep, self.keep >= 1, "at least 1")
         for name in ("checkpoint_every", "resume"):
@@ -139,7 +141,10 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
         rollout, dropped, metrics = _collect(agent)
         collected = time.perf_counter()
         if rollout is not None:
-            metrics = {**rollout.metrics(), **agent.update(rollout)}
+            found = agent.update(rollout)
+            if not isinstance(found, Mapping):
+                raise TypeError(f"{type(agent).__name__}.update must return a dict of numbers; got {shorten(found)}")
+            metrics = {**rollout.metrics(), **found}
     agent.stepper.forget()
     forget_caches(agent.env)
     tokens = 0 if rollout is None else rollout.num_tokens

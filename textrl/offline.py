@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
         task: whose tokenizer and horizon hold.
         prompt: text.
         completion: text.
-        end_token: whether the end token follows, so that a model learns to stop. A response is cut at the horizon, and
-            the end token with it: an episode of `max_new_tokens` tokens ends without one.
+        end_token: whether the end token follows, so that a model learns to stop. A response is cut at the horizon (with
+            a warning), and the end token with it: an episode of `max_new_tokens` tokens ends without one.
 
     Returns:
         the prompt's ids and the response's, at least one each.
@@ -43,6 +44,9 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     response = whole[len(first) :] if whole[: len(first)] == first else ids(completion)
     if end_token:
         response = [*response, task.eos_token_id]
+    if len(response) > task.max_new_tokens + end_token:
+        said = f"completions of more than max_new_tokens={task.max_new_tokens} tokens are cut there"
+        warnings.warn(said, stacklevel=2)  # the same words every time: shown once
     return first, response[: task.max_new_tokens] or [task.eos_token_id]
 
 

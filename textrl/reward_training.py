@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
-from .config import check, check_type
+from .config import check, check_types
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .logging import RunLog
 from .loop import Run
@@ -61,9 +61,9 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         """Checks types and ranges."""
+        check_types(self)
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            check_type(name, value, str(field.type))
             if field.type == "float":
                 check(name, value, math.isfinite(value) and value >= 0, "a finite number from 0 up")
         for name in ("batch_size", "epochs"):

@@ -43,7 +43,7 @@ def allowed_after(
     prompts: Sequence[NDArray[np.int64]],
     narrow: Narrow | None = None,
     seen: list[NDArray[np.bool_]] | None = None,
-) -> Callable[[NDArray[np.int64]], NDArray[np.bool_] | None] | None:
+) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None:
     """A function from responses (B, T) to the masks that hold next, kept in `seen`; None where there are none."""
     if narrow is None and not task.masked:
         return None
@@ -51,13 +51,22 @@ def allowed_after(
     for observation, prompt in zip(observations, prompts, strict=True):
         observation[: len(prompt)] = prompt
     columns = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(task.max_new_tokens)
+    given = np.array([*rows, None], dtype=object)[:-1]  # rows are mappings, which numpy is not to look into
 
-    def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        mask = task.allowed_tokens(rows, responses)
+    def advised(responses: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The task's masks; all tokens after the end, about which it is not asked."""
+        mask = np.ones((len(rows), task.vocab_size), dtype=np.bool_)
+        goes_on = ~(responses == task.eos_token_id).any(1)
+        mask[goes_on] = task.masks(given[goes_on].tolist(), responses[goes_on])
+        return mask
+
+    def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_]:
+        mask = advised(responses) if task.masked else None
         if narrow is not None:
             np.put_along_axis(observations, columns, responses, 1)
             mask = both_masks(mask, narrow(observations))
-        if mask is not None and seen is not None:
+        assert mask is not None
+        if seen is not None:
             seen.append(mask)
         return mask
 
@@ -90,9 +99,7 @@ def masks_along(task: Task, rollout: Rollout, narrow: Narrow | None = None) -> T
     written = np.full((len(rollout), task.max_new_tokens), task.vocab_size)
     out = np.ones((len(rollout), steps, task.vocab_size), dtype=np.bool_)
     for t in range(steps):
-        found = ask(written)
-        if found is not None:
-            out[:, t] = found
+        out[:, t] = ask(written)
         written[:, t] = responses[:, t]
     return torch.from_numpy(out).to(rollout.tokens.device)
 

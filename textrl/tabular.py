@@ -163,7 +163,7 @@ def tabular_model(task: Task, *, std: float = 0.0, seed: int = 0) -> TabularLM:
     )
     model: TabularLM = TabularLM(config).eval()
     model.tree.edges.copy_(torch.from_numpy(children))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     with torch.no_grad():
         weight = model.lm_head.weight
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)

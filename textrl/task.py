@@ -147,9 +147,10 @@ class Task:
             ValueError: for a mask of another shape or dtype, or a row of it without one allowed token.
         """
         shape = (len(rows), self.vocab_size)
-        mask = self.allowed_tokens(rows, responses)
-        if mask is None:
+        found = self.allowed_tokens(rows, responses)
+        if found is None:
             return np.ones(shape, dtype=np.bool_)
+        mask = np.asarray(found)
         if mask.shape != shape or mask.dtype != np.bool_:
             raise ValueError(f"allowed_tokens must give a bool array of shape {shape}; got {mask.dtype}, {mask.shape}")
         if not mask.any(1).all():
