@@ -153,6 +153,19 @@ def test_a_batch_that_cannot_tell_says_so() -> None:
     assert 1 / 60 < found.largest_weight <= 1
 
 
+def test_episodes_that_hold_little_of_what_a_policy_says_cannot_tell() -> None:
+    """A logged policy that always says "c": what it says has small and equal weights, and nothing else is known."""
+    task, other = Count(), small_model(4, 8, 2)
+    env = textrl.TextEnv(task)
+    logged = textrl.tabular_model(task)
+    with torch.no_grad():
+        logged.lm_head.weight[:, 3] = 12.0
+    found = ope(sample(env, logged, 400, 0), other, env)
+    assert found.effective_sample_size > 30 and found.estimates["wis"].std_error < 0.1
+    assert found.mean_weight.value < 0.5 and not found.covered and not found.can_tell
+    assert ope(sample(env, other, 400, 0), other, env).mean_weight.value == pytest.approx(1, abs=1e-4)
+
+
 def test_what_is_missing_is_named() -> None:
     task, model = Count(), small_model(4, 8, 1)
     env = textrl.TextEnv(task)

@@ -34,18 +34,21 @@ def names(tmp_path, monkeypatch):
 
 
 def test_the_readmes_python_runs(names, capsys):
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 5
     for block in BLOCKS:
         exec(compile(block.replace("100_000", "500"), "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert re.search(r"\['[ae]{5,6}'\]", said), "the agent of twenty lines has learned to say vowels"
+    exact = re.search(r"^([\d.]+) ([\d.]+) ([\d.]+)$", said, re.MULTILINE)
+    assert 0.9 < float(exact[3]) < 1 and float(exact[2]) < float(exact[1])
+    assert re.search(r"Estimate\(value=.* True$", said, re.MULTILINE)
     assert Path("runs/a/final/model.safetensors").exists()
 
 
 def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
     agent = BLOCKS[1][: BLOCKS[1].index("agent = ")]
     assert agent.strip().count("\n") < 25
-    (tmp_path / "mine.py").write_text("import textrl\n" + agent)
+    (tmp_path / "mine.py").write_text(agent)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)

@@ -93,11 +93,15 @@ def evaluate_logged(options: argparse.Namespace) -> None:
     found = ope(source, model, env, penalised=options.penalised, confidence=options.confidence)
     if options.json:
         estimates = {name: vars(each) for name, each in found.estimates.items()}
-        print(json.dumps({**vars(found), "estimates": estimates, "can_tell": found.can_tell}, indent=2))
+        numbers = {**vars(found), "estimates": estimates, "mean_weight": vars(found.mean_weight)}
+        print(json.dumps({**numbers, "can_tell": found.can_tell}, indent=2))
         return
     print(f"{'logged policy':<22} {found.logged:8.4f}")
     for name, each in found.estimates.items():
         print(f"{name:<22} {each.value:8.4f}  [{each.low:.4f}, {each.high:.4f}]")
     print(f"{'effective sample size':<22} {found.effective_sample_size:8.1f}  of {found.episodes}")
-    if not found.can_tell:
+    print(f"{'mean weight':<22} {found.mean_weight.value:8.4f}  of 1")
+    if not found.covered:
+        print("most of what is missing to 1 is what the policy says and no episode holds: this batch cannot tell")
+    elif not found.can_tell:
         print("too few episodes count for these intervals to mean anything: this batch cannot tell")

@@ -10,7 +10,8 @@ and G the return:
 
 Q is any estimate, V(s) = sum_a pi(a | s) Q(s, a): "dr" is unbiased whatever Q is, and the calmer the better Q is. The
 effective sample size, (sum w)^2 / sum w^2, says how many of the episodes count: where it is small, a batch
-cannot tell, whatever the intervals say.
+cannot tell, whatever the intervals say. Nor can it where the mean of w is below 1, its expectation: the rest of what
+pi says is in no episode.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 FEW = 30
 """Fewer effective episodes than this cannot tell."""
+COVERED = 0.9
+"""Nor can episodes in which less than this share of the policy's responses lies."""
 TOKENS_AT_ONCE = 16384
 
 
@@ -68,6 +71,7 @@ class OffPolicyEvaluation:
         estimates: by name: "is", "wis", "pdis" and "dr".
         effective_sample_size: how many of the episodes count, from 1 to `episodes`.
         largest_weight: the share of the largest weight in their sum.
+        mean_weight: the mean of w, which is 1 but for noise where the batch holds all that the policy says.
         episodes: in the batch.
         logged: the mean return of the policy that was logged, on the batch.
     """
@@ -75,13 +79,19 @@ class OffPolicyEvaluation:
     estimates: dict[str, Estimate]
     effective_sample_size: float
     largest_weight: float
+    mean_weight: Estimate
     episodes: int
     logged: float
 
     @property
     def can_tell(self) -> bool:
-        """Whether enough episodes count (30) for the intervals to mean something."""
-        return self.effective_sample_size >= FEW
+        """Whether the intervals mean something: enough episodes count (30), and what the policy says is among them."""
+        return self.effective_sample_size >= FEW and self.covered
+
+    @property
+    def covered(self) -> bool:
+        """Whether the mean weight is at least 0.9, three standard errors allowed for."""
+        return self.mean_weight.value + 3 * self.mean_weight.std_error >= COVERED
 
 
 def ope(
@@ -136,16 +146,17 @@ def ope(
     chosen, states = _q_and_v(policy, logged, rewards, q)
     values = estimators(rewards, weights, mask, chosen, states)
     spread = NormalDist().inv_cdf(0.5 + confidence / 2)
-    estimates = {}
-    for name, parts in values.items():
-        error = float(parts.std() / len(parts) ** 0.5)
-        value = float(parts.mean())
-        estimates[name] = Estimate(value, error, value - spread * error, value + spread * error)
+
+    def estimate(parts: Tensor) -> Estimate:
+        value, error = float(parts.mean()), float(parts.std() / len(parts) ** 0.5)
+        return Estimate(value, error, value - spread * error, value + spread * error)
+
     whole = weights[:, -1]
     return OffPolicyEvaluation(
-        estimates,
+        {name: estimate(parts) for name, parts in values.items()},
         float(whole.sum() ** 2 / (whole**2).sum()),
         float(whole.max() / whole.sum()),
+        estimate(whole),
         len(logged),
         float(old_rewards.sum(1).mean()),
     )

@@ -89,7 +89,8 @@ class Watch:
             "score",
             constant and self.score in (None, first),
             f"score is {first:.4g} for every response of the last {IN_A_ROW} iterations, so nothing tells a good one"
-            " from a bad one; check the reward function, or give prompts and a model that sometimes succeed",
+            " from a bad one; unless that is the best there is (`best_score` of a task says so), check the reward"
+            " function, or give prompts and a model that sometimes succeed",
         )
         self.score = first if constant else None
 
