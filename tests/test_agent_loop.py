@@ -172,6 +172,7 @@ def test_predict_is_stable_baselines3s():
 
 BAD = [
     (lambda: PPO(gym.make(ID), clip_coeff=0.1), "'clip_coeff' is not a setting of PPOConfig; did you mean 'clip_coef'"),
+    (lambda: PPO(gym.make(ID), clip_range=0.1), "'clip_range' is not a setting of PPOConfig; did you mean 'clip_coef'"),
     (lambda: PPO(gym.make(ID), clip_coef=2.0), r"clip_coef must be above 0 and below 1; got 2.0"),
     (lambda: PPO(gym.make(ID), batch_size=0), r"batch_size must be at least 1; got 0"),
     (lambda: PPO(gym.make(ID), learning_rate="fast"), r"learning_rate must be a number or None; got 'fast'"),

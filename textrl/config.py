@@ -16,6 +16,9 @@ import numpy as np
 
 from .scores import shorten
 
+ELSEWHERE = {"clip_range": "clip_coef", "clip_range_vf": "clip_value", "n_epochs": "epochs", "cliprange": "clip_coef"}
+"""What settings are called in Stable-Baselines3 and TRL, and here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
@@ -132,7 +135,7 @@ def make_config(config_class: type[AgentConfig], config: AgentConfig | None, set
     known = {f.name: f for f in dataclasses.fields(config_class)}
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
             raise ValueError(f"{name!r} is not a setting of {config_class.__name__}{hint}")
     if config is None:
