@@ -35,6 +35,7 @@ class Bandit(Task):
             raise ValueError(f"payoffs must have 1 to 26 numbers; got {len(payoffs)}")
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=1)
         self.payoffs = {letter: payoff + offset for letter, payoff in zip(letters, payoffs, strict=True)}
+        self.best_score = max(0.0, *self.payoffs.values())
 
     def prompts(self) -> list[Row]:
         """The empty prompt."""

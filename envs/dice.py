@@ -44,6 +44,7 @@ class Dice(Task):
             raise ValueError(f"throws must be from 1 to 6, for {SIDES} ** throws outcomes; got {throws!r}")
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=throws)
         self.dice = dict(zip(letters, zip(means, spreads, strict=True), strict=True))
+        self.best_score = max(0.0, *means)
 
     def prompts(self) -> list[Row]:
         """The empty prompt with every outcome of the rolls."""

@@ -36,6 +36,7 @@ class ProxyGold(Task):
             raise ValueError(f'paid must be "proxy" or "gold"; got {paid!r}')
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=length)
         self.praise, self.paid = letters[0], paid
+        self.best_score = 1.0 if paid == "proxy" else length // 2 / length
 
     def prompts(self) -> list[Row]:
         """The empty prompt."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from textrl.task import Row, Task, symbol_tokenizer
 
+VOWELS = "aeiou"
+
 
 class Vowels(Task):
     """Say vowels.
@@ -28,6 +30,7 @@ class Vowels(Task):
 
     def __init__(self, letters: str = "abcde", length: int = 6) -> None:
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=length)
+        self.best_score = float(any(letter in VOWELS for letter in letters))
 
     def prompts(self) -> list[Row]:
         """The empty prompt."""
@@ -35,4 +38,4 @@ class Vowels(Task):
 
     def score(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         """The number of vowels, as a share of the horizon."""
-        return [sum(letter in "aeiou" for letter in text) / self.max_new_tokens for text in completions]
+        return [sum(letter in VOWELS for letter in text) / self.max_new_tokens for text in completions]

@@ -9,7 +9,6 @@ import pytest
 
 from textrl import cli
 from textrl.agents import BestOfN
-from textrl.envs.bandit import Bandit
 from textrl.flags import agent_classes
 from textrl.registration import registered
 
@@ -56,7 +55,19 @@ def test_train_then_evaluate(capsys, tmp_path):
 
 def test_an_agent_that_acts_in_a_way_of_its_own_is_scored_as_it_acts(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "64", "--n", "8", "--total-timesteps", "100", "--quiet"]
+    none = ["--env-arg", "payoffs=[-1, -2]"]
+    flags = [
+        "--env",
+        "textrl/Bandit-v0",
+        *none,
+        "--batch-size",
+        "64",
+        "--n",
+        "8",
+        "--total-timesteps",
+        "100",
+        "--quiet",
+    ]
     assert run(capsys, "train", "bestofn", *flags, "--log-dir", folder)[0] == 0
     best = json.loads(run(capsys, "evaluate", folder, "--json")[1])
     agent = BestOfN.load(f"{folder}/final", gym.make_vec("textrl/Bandit-v0", num_envs=1), n=1)
@@ -72,8 +83,7 @@ def test_a_setting_of_several_numbers(capsys, tmp_path):
     assert run(capsys, "evaluate", folder)[0] == 0
 
 
-def test_a_best_score_of_zero_has_no_share(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(Bandit, "best_score", 0.0)
+def test_a_best_score_of_zero_has_no_share(capsys, tmp_path):
     folder = str(tmp_path / "run")
     flags = ["--env", "textrl/Bandit-v0", "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
     assert run(capsys, "train", "ppo", *flags, "--log-dir", folder)[0] == 0
@@ -149,6 +159,9 @@ BAD = {
     "--dataset must be given for SFT to learn": ["train", "sft", *COPY],
     "--dataset must be given for DPO to learn": ["train", "dpo", *COPY],
     "--env-arg kl_coef is a flag of its own: --kl-coef": ["train", "ppo", *COPY, "--env-arg", "kl_coef=nan"],
+    "--env-arg id is a flag of its own: --env": ["train", "ppo", *COPY, "--env-arg", "id=x"],
+    "--env-arg task is not to be given": ["train", "ppo", *COPY, "--env-arg", "task=textrl.envs.vowels:Vowels"],
+    "--env-arg vector_kwargs is not to be given": ["train", "ppo", *COPY, "--env-arg", "vector_kwargs=3"],
     "--env-arg num_envs is not to be given": ["train", "ppo", *COPY, "--env-arg", "num_envs=3"],
     "--env-arg length is JSON too deeply nested": ["train", "ppo", *COPY, "--env-arg", "length=" + "[" * 100_000],
     "length must be from 1 to 1,000; got 1000000000": ["train", "ppo", *COPY, "--env-arg", "length=1000000000"],

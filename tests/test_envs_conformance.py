@@ -191,3 +191,29 @@ def test_the_stated_optimum_is_the_exact_one(id):
     task = cls()
     assert task.vocab_size**task.max_new_tokens <= 100_000
     assert textrl.solve(task).score == pytest.approx(cls.best_score, abs=1e-9)
+
+
+OTHERS = [
+    ("Bandit", {"offset": 5.0}),
+    ("Bandit", {"payoffs": (-2.0, -1.0)}),
+    ("Dice", {"means": (0.1, 0.9), "spreads": (0.0, 1.0)}),
+    ("Dice", {"means": (-0.1,), "spreads": (1.0,)}),
+    ("ProxyGold", {"paid": "gold"}),
+    ("ProxyGold", {"paid": "gold", "length": 5}),
+    ("Vowels", {"letters": "xyz", "length": 4}),
+    ("Vowels", {"letters": "ae", "length": 3}),
+    ("Copy", {"symbols": "ab", "length": 2}),
+    ("Reverse", {"symbols": "ab", "length": 2}),
+    ("Increasing", {"numbers": 4, "length": 3}),
+    ("Stop", {"longest": 3}),
+    ("Brackets", {"depth": 1, "length": 5}),
+    ("Refusal", {"questions": 2, "answers": 5}),
+    ("Arithmetic", {"largest": 1, "max_new_tokens": 3}),
+    ("RandomWalk", {"nodes": 4, "seed": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), OTHERS, ids=str)
+def test_the_best_score_with_other_arguments_is_the_exact_one(name, arguments):
+    task = task_class(registered()[f"textrl/{name}-v0"])(**arguments)
+    assert textrl.solve(task).score == pytest.approx(task.best_score, abs=1e-9)

@@ -279,3 +279,32 @@ def test_groups_that_lost_samples_by_hand():
 def test_settings_are_checked(setting, message):
     with pytest.raises(ValueError, match=message):
         REINFORCE(text_env(lambda completions: [0.0] * len(completions)), **setting)
+
+
+# ---- what a score is given -----------------------------------------------------------------------------------
+
+
+def test_a_column_that_some_rows_lack_is_given_whatever_the_order():
+    rows = [{"prompt": "a"}, {"prompt": "b", "bonus": 5.0}]
+
+    def reward(prompts, completions, bonus):
+        return [each or 0.0 for each in bonus]
+
+    def paid(env):
+        return {info["prompt"]: info["score"] for _ in range(20) for info in [last_info(env)]}
+
+    def last_info(env):
+        env.reset()
+        return env.step(0)[-1]
+
+    env = text_env(reward, prompts=rows)
+    assert paid(env) == {"a": 0.0, "b": 5.0}
+    for order in (rows, rows[::-1]):
+        expected = [row.get("bonus", 0.0) for row in order]
+        assert env.unwrapped.task.evaluate(order, [[0], [0]]).totals.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_a_column_cannot_take_the_place_of_what_was_said(name):
+    with pytest.raises(ValueError, match=f"a row must have no column '{name}', which is what a score is given"):
+        text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", name: "bb"}]).reset()

@@ -218,6 +218,22 @@ def test_sb3_vec_env_tells_a_time_limit_from_an_end():
     assert all(info["terminal_observation"].shape == adapter.observation_space.shape for info in infos)
 
 
+def test_sb3_vec_env_takes_wrapped_environments_and_options():
+    from textrl.sb3 import TextVecEnv
+
+    inner = textrl.TextVectorEnv(Copy(), 2, autoreset_mode="SAME_STEP")
+    adapter = TextVecEnv(gym.wrappers.vector.RecordEpisodeStatistics(inner))
+    adapter.set_options({"prompt": "ab"})
+    assert adapter.reset()[:, :3].tolist() == [[0, 1, 2]] * 2
+    adapter.step(np.array([1, 1]))
+    _, _, ended, infos = adapter.step(np.array([0, 2]))
+    assert ended.tolist() == [True, False] and "episode" not in infos[1] and "episode" not in adapter.reset_infos[0]
+    assert infos[0]["episode"]["l"] == 2 and infos[0]["episode"]["r"] == infos[0]["score"]
+    adapter.set_options([{"prompt": "ab"}, {"prompt": "ba"}])
+    with pytest.raises(ValueError, match="options must be the same for every row"):
+        adapter.reset()
+
+
 def test_sb3_policy_has_the_log_probabilities_of_the_model(tmp_path):
     from stable_baselines3 import PPO
 

@@ -66,6 +66,18 @@ def test_weighted_sum(rewards, message):
     refused(message, lambda: weighted_sum(rewards))
 
 
+def test_what_a_part_of_a_weighted_sum_returns():
+    texts = ["a", "b"]
+    for given in (1.0, [1.0], np.ones((2, 1)), [[1.0], [1.0, 2.0]], None):
+        total = weighted_sum([(lambda **k: [1.0, 2.0], 1.0), (lambda given=given, **k: given, 1.0)])
+        refused("what rewards[1] returns must be a list of 2 numbers", lambda total=total: total(texts, texts))
+    for given in ([1.0, None], torch.tensor([1.0, 0.0]), np.array([1, 0])):  # None: no opinion
+        assert weighted_sum([(lambda given=given, **k: given, 2.0), (lambda **k: (1, 1), 1.0)])(texts, texts) == [
+            3.0,
+            1.0,
+        ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -137,10 +149,25 @@ def test_environments(task, reference):
         refused("seed must be None or a whole number from 0", lambda seed=seed: env.reset(seed=seed))
     assert env.reset(seed=np.int64(3))[0].tolist() == env.reset(seed=3)[0].tolist()
     refused("snapshot must be what `snapshot` gave; got None", lambda: env.restore(None))
-    for policy in (5, lambda x: None, lambda x: "x", lambda x: torch.zeros(5), lambda x: torch.zeros(2, 5)):
+    narrow = torch.zeros(1, task.vocab_size - 1)
+    for policy in (
+        5,
+        lambda x: None,
+        lambda x: "x",
+        lambda x: torch.zeros(5),
+        lambda x: torch.zeros(2, 5),
+        lambda x: narrow,
+    ):
         env.policy = policy
         env.reset(seed=0)
         refused("policy must be a function", lambda: env.step(1))
+    wide = torch.tensor([[0.0] * task.vocab_size + [9.0]])  # a vocabulary padded beyond the tokenizer's
+    paid = []
+    for logits in (wide, wide[:, :-1]):
+        env.policy = lambda x, logits=logits: logits
+        env.reset(seed=0)
+        paid.append(env.step(1)[-1]["kl"])
+    assert paid[0] == paid[1]
     refused("options must be a dict or None; got 5", lambda: textrl.TextVectorEnv(task, 2).reset(options=5))
     refused("length must be from 1 to 1,000", lambda: gym.make("textrl/Copy-v0", length=10**9))
 
@@ -175,6 +202,25 @@ def test_what_is_collected(task, tmp_path):
     masks = np.zeros((1, task.vocab_size), bool)
     observation = env.reset(seed=0)[0]
     refused("action_masks must be", lambda: PPO(env, device="cpu").predict(observation, action_masks=masks[0]))
+
+
+def test_few_texts_for_a_reward_model(scorer):
+    refused("completions must be at least two texts", lambda: scorer.standardise(["a"], ["b"]))
+    refused("pairs must be at least one pair", lambda: scorer.accuracy(pairs().select([])))
+    assert scorer([], []) == []
+
+
+def test_registered_again():
+    def horizon():
+        return gym.make("test/Again-v0").unwrapped.task.max_new_tokens
+
+    for length in (2, 3):
+        textrl.register("test/Again-v0", "textrl.envs.vowels:Vowels", length=length)
+        assert horizon() == length
+    refused("is registered already", lambda: textrl.register("test/Again-v0", "textrl.envs.copy:Copy"))
+    refused('task must be a subclass of textrl.Task or "module:Class"', lambda: gym.make("textrl/Copy-v0", task=5))
+    textrl.registration.register_built_in()
+    assert horizon() == 3
 
 
 def test_agents(task):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .adapters import plain_module
 from .config import check
-from .penalty import Policy
+from .penalty import Policy, policy_logits
 from .policy import CausalPolicy, head_of, load_model
 from .tabular import finite_rows, in_words
 from .task import Row, Task
@@ -156,8 +156,8 @@ def _callable_logits(task: Task, policy: Policy | None, prompt: NDArray[np.int64
             continue
         observations = np.full((len(texts), task.max_prompt_tokens + task.max_new_tokens), task.vocab_size)
         observations[:, : texts.shape[1]] = texts
-        parts = [policy(observations[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
-        levels.append(torch.cat([torch.as_tensor(part) for part in parts]))
+        parts = (observations[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE))
+        levels.append(torch.cat([policy_logits(policy, part, task.vocab_size) for part in parts]))
     return levels
 
 

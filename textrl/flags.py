@@ -34,6 +34,12 @@ ELSEWHERE = {
     "reference": "a flag of its own: --reference",
     "num_envs": "not to be given: an agent has one environment for each episode of a batch",
     "render_mode": "not to be given: textrl play shows episodes",
+    "id": "a flag of its own: --env",
+    **dict.fromkeys(("task", "wrappers"), "not to be given: --env names the task as it is registered"),
+    **dict.fromkeys(
+        ("vectorization_mode", "vector_kwargs", "autoreset_mode", "disable_env_checker"),
+        "not to be given: the native vector environment is what agents sample from",
+    ),
 }
 """Arguments of every environment that `--env-arg` does not set."""
 

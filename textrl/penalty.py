@@ -35,6 +35,7 @@ class Penalty:
     def __init__(self, reference: PreTrainedModel | str, task: Task) -> None:
         from .stepwise import frozen_reference
 
+        self.vocab_size = task.vocab_size
         self.reference, self.stepper = frozen_reference(reference, task)
 
     def __call__(
@@ -49,12 +50,12 @@ class Penalty:
         ref_logprobs = chosen_logprobs(self.stepper(observations), actions, temperature)
         if policy is None:
             return kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
-        kl = chosen_logprobs(_policy_logits(policy, observations), actions, temperature) - ref_logprobs
+        kl = chosen_logprobs(policy_logits(policy, observations, self.vocab_size), actions, temperature) - ref_logprobs
         return -kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
 
 
-def _policy_logits(policy: Policy, observations: NDArray[np.int64]) -> Tensor:
-    """What an attached policy says of states: (B, L) -> (B, V).
+def policy_logits(policy: Policy, observations: NDArray[np.int64], vocab_size: int) -> Tensor:
+    """What a policy says of states, without what its vocabulary is padded with: (B, L) -> (B, V).
 
     Raises:
         ValueError: for what are no logits of these states.
@@ -65,11 +66,11 @@ def _policy_logits(policy: Policy, observations: NDArray[np.int64]) -> Tensor:
     logits: Any = policy(observations)
     try:
         logits = torch.as_tensor(logits)
-        fine = logits.ndim == 2 and len(logits) == len(observations)
+        fine = logits.ndim == 2 and len(logits) == len(observations) and logits.shape[1] >= vocab_size
     except (TypeError, ValueError, RuntimeError):
         fine = False
-    check("policy", logits, fine, f"a function that gives logits ({len(observations)}, V)")
-    return logits  # type: ignore[no-any-return]
+    check("policy", logits, fine, f"a function that gives logits ({len(observations)}, {vocab_size})")
+    return logits[:, :vocab_size]  # type: ignore[no-any-return]
 
 
 def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 
-from .config import check_type
+from .config import check, check_type
 from .env import TextEnv
 from .scores import shorten
 from .task import Task
@@ -51,7 +51,8 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
     Args:
         id: "namespace/Name-v0".
         task: the class, or "module:Class".
-        kwargs: defaults of its constructor, and of `TextEnv` (reference, kl_coef, temperature).
+        kwargs: defaults of its constructor, and of `TextEnv` (reference, kl_coef, temperature). Of a task that is
+            registered again, the last ones hold.
 
     Raises:
         ValueError: for something that is no `Task`, or an id already taken by another task.
@@ -66,9 +67,9 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
     if not isinstance(id, str):
         raise ValueError(f'id must be a text, "namespace/Name-v0"; got {shorten(id)}')
     if id in gym.registry:
-        if _registered.get(id) == where:
-            return
-        raise ValueError(f"id {id!r} is registered already; choose another name or a higher version")
+        if _registered.get(id) != where:
+            raise ValueError(f"id {id!r} is registered already; choose another name or a higher version")
+        del gym.registry[id]  # the same task, perhaps with other arguments: the last ones hold
     gym.register(
         id,
         entry_point="textrl.registration:make_env",
@@ -81,7 +82,8 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
 def register_built_in() -> None:
     """Registers textrl's own environments; once is enough, twice does no harm."""
     for id, task in BUILT_IN.items():
-        register(id, task)
+        if id not in gym.registry:
+            register(id, task)
 
 
 def registered() -> dict[str, str | type[Task]]:
@@ -97,6 +99,7 @@ def task_class(task: type[Task] | str) -> type[Task]:
     """
     if isinstance(task, type):
         return task
+    check("task", task, isinstance(task, str), 'a subclass of textrl.Task or "module:Class"')
     module, _, name = task.partition(":")
     try:
         found: Any = importlib.import_module(module)

@@ -116,6 +116,8 @@ class RewardModel:
 
     def scalars(self, texts: Sequence[str]) -> Tensor:
         """The raw scalar of each text, (B,) float32, differentiable; texts of like length share a forward."""
+        if not texts:
+            return torch.zeros(0, device=self.model.device)
         ids, device = self.encode(texts), self.model.device
         parts = alike([len(one) for one in ids], self.tokens_at_once, device)
         pieces = []
@@ -131,12 +133,15 @@ class RewardModel:
 
     def standardise(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
         """Shifts and scales the scores to mean 0, standard deviation 1 on these samples (of the reference)."""
+        texts = _joined(prompts, completions)
+        check("completions", completions, len(texts) >= 2, "at least two texts")
         with torch.no_grad():
-            scalars = self.scalars(_joined(prompts, completions))
+            scalars = self.scalars(texts)
         self.mean, self.std = float(scalars.mean()), max(float(scalars.std()), 1e-6)
 
     def accuracy(self, pairs: Dataset) -> float:
         """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
+        check("pairs", pairs, len(pairs) > 0, "at least one pair")
         with torch.no_grad():
             chosen, rejected = self.pair_scalars(pairs[:])
         return float((chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean())
@@ -181,7 +186,8 @@ def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callabl
     """One reward function that adds several up.
 
     Args:
-        rewards: functions in the calling convention of `Task.score`, each with its weight.
+        rewards: functions in the calling convention of `Task.score`, each with its weight. None, as TRL has it, is no
+            opinion and adds nothing.
 
     Raises:
         ValueError: for anything else.
@@ -193,7 +199,14 @@ def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callabl
         check(f"rewards[{i}]", each, fine, "a function and its weight, a finite number")
 
     def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        parts = [np.asarray(call_score(fn, prompts, completions, columns), dtype=np.float64) for fn, _ in rewards]
-        return sum(weight * part for (_, weight), part in zip(rewards, parts, strict=True)).tolist()  # type: ignore
+        total = np.zeros(len(completions))
+        for i, (fn, weight) in enumerate(rewards):
+            given = call_score(fn, prompts, completions, columns)
+            scores = (
+                list(given) if isinstance(given, (list, tuple, np.ndarray, Tensor)) and np.ndim(given[:1]) == 1 else []
+            )
+            check(f"what rewards[{i}] returns", given, len(scores) == len(total), f"a list of {len(total)} numbers")
+            total += weight * np.array([0.0 if one is None else float(one) for one in scores])
+        return total.tolist()  # type: ignore[no-any-return]
 
     return score

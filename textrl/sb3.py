@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from .config import check
 from .policy import CausalPolicy, load_model, value_model, values_at
 from .vector import TextVectorEnv
 
@@ -46,6 +47,8 @@ class TextVecEnv(VecEnv):
     def reset(self) -> NDArray[np.int64]:
         """Starts new episodes, with the seeds that `seed` set: (N, L)."""
         options = self._options[0] or None
+        alike = all(each == self._options[0] for each in self._options)
+        check("options", self._options, alike, "the same for every row: one prompt is for all of them")
         observations, infos = self.envs.reset(seed=list(self._seeds), options=options)
         self.reset_infos = self._split(infos)
         self._reset_seeds()
@@ -66,7 +69,10 @@ class TextVecEnv(VecEnv):
         for i in np.flatnonzero(terminated | truncated).tolist():
             cut = bool(truncated[i] and not terminated[i])
             self.reset_infos[i] = split[i]  # of the episode that begins
-            split[i] = {**final[i], "terminal_observation": last[i], "TimeLimit.truncated": cut}
+            ended = {**final[i], "terminal_observation": last[i], "TimeLimit.truncated": cut}
+            if "episode" in split[i]:  # Gymnasium's RecordEpisodeStatistics, about the one that ended
+                ended["episode"] = self.reset_infos[i].pop("episode")
+            split[i] = ended
         return observations, rewards.astype(np.float32), terminated | truncated, split
 
     def _split(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,7 +80,8 @@ class TextVecEnv(VecEnv):
         for key, values in infos.items():
             if not key.startswith("_"):
                 for i in np.flatnonzero(infos[f"_{key}"]).tolist():
-                    out[i][key] = values[i]
+                    nested = isinstance(values, dict)
+                    out[i][key] = {k: v[i] for k, v in values.items() if k[0] != "_"} if nested else values[i]
         return out
 
     def close(self) -> None:

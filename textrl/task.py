@@ -43,8 +43,8 @@ class Task:
         ValueError: for a horizon below 1 or a tokenizer without an end token.
     """
 
-    best_score: ClassVar[float | None] = None
-    """The best expected score with the default arguments, where it is known."""
+    best_score: float | None = None
+    """The best expected score, where it is known; of the class, with the default arguments."""
     deterministic: ClassVar[bool] = False
     """Whether the `score` and `describe` of this very class always say the same of the same row and response. A vector
     environment then remembers what they said of a small task's responses, and is several times as fast."""
@@ -168,7 +168,7 @@ class Task:
             check("prompts", rows, hasattr(rows, "__len__") and not isinstance(rows, (str, Mapping)), "a list of rows")
             if len(rows) == 0:
                 raise ValueError("prompts is empty: a task needs at least one prompt")
-            self._rows = [check_row(row) for row in rows]
+            self._rows = _filled([check_row(row) for row in rows])
         return self._rows
 
     @property
@@ -229,7 +229,7 @@ class Task:
         if completions is None:
             completions = self.decode(completion_ids)
         prompts = [row["prompt"] for row in rows]
-        given = {"prompts": prompts, "completions": completions, **self._columns(rows, completion_ids)}
+        given = {**self._columns(rows, completion_ids), "prompts": prompts, "completions": completions}
         scores = ask(self.score, given, self.asking)
         if len(scores.faults) < len(rows):
             self.token_scores = scores.tokens is not None
@@ -268,7 +268,7 @@ class Task:
     @staticmethod
     def _columns(rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The keyword lists of a score beside prompts and completions."""
-        names = [key for key in rows[0] if key != "prompt"] if rows else []
+        names = [key for key in _columns_of(rows) if key != "prompt"]
         columns: dict[str, Any] = {key: [row.get(key) for row in rows] for key in names}
         columns["completion_ids"] = [
             response if type(response) is list else list(map(int, response)) for response in completion_ids
@@ -276,12 +276,28 @@ class Task:
         return columns
 
 
+def _columns_of(rows: Sequence[Row]) -> dict[str, None]:
+    """The columns that any of the rows has, in order."""
+    return dict.fromkeys(key for row in rows for key in row)
+
+
+def _filled(rows: list[Row]) -> list[Row]:
+    """The same rows with None for what others have and they have not: a score gets every column of every row."""
+    empty = _columns_of(rows)
+    return rows if all(len(row) == len(empty) for row in rows) else [{**empty, **row} for row in rows]
+
+
 def check_row(row: Any) -> Row:
-    """Returns `row` if it is a dict with a string under "prompt".
+    """Returns `row` if it is a dict with a string under "prompt", and no column has a name that a score is called with.
 
     Raises:
         ValueError: otherwise, saying what it is.
     """
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        for name in ("prompts", "completions"):
+            if name in row:
+                raise ValueError(
+                    f"a row must have no column {name!r}, which is what a score is given; got {shorten(row)}"
+                )
         return row
     raise ValueError(f'a row must be a dict with a string under "prompt"; got {shorten(row)}')
