@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -151,6 +152,8 @@ class PPO(Agent):
         if self.config.kl_target is not None:
             penalised = self.base.reference is not None and self.base.kl_coef > 0  # what is 0 cannot follow
             check("kl_target", self.config.kl_target, penalised, "None without a reference and a kl_coef above 0")
+            one = not isinstance(self.env.unwrapped, SyncVectorEnv)  # each of its environments has a coefficient
+            check("kl_target", self.config.kl_target, one, "None for a SyncVectorEnv")
             self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
 
     def _separate_critic(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
-from textrl.critic import Critic, batched_values, value_loss
+from textrl.critic import Critic, batched_values, bootstrapped, value_loss
 from textrl.offline import prompt_groups
 from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var, mean_of_others
 from textrl.rollout import Rollout
@@ -79,6 +79,8 @@ class REINFORCE(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step along the policy gradient."""
         rollout = self.tempered(rollout)
+        if self.value is not None:
+            rollout = bootstrapped(rollout, self.value, self.config.gamma)
         returns = discounted_returns(rollout.rewards, rollout.action_mask, self.config.gamma)
         advantages = self.advantages(rollout, returns)
         numbers = self.minimise(self._loss, replace(rollout, returns=returns, advantages=advantages))

@@ -85,7 +85,8 @@ def test_a_setting_of_several_numbers(capsys, tmp_path):
 
 def test_a_best_score_of_zero_has_no_share(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
+    none = ["--env-arg", "payoffs=[-1, -2]"]
+    flags = ["--env", "textrl/Bandit-v0", *none, "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
     assert run(capsys, "train", "ppo", *flags, "--log-dir", folder)[0] == 0
     code, out, _ = run(capsys, "evaluate", folder, "--json")
     assert code == 0 and "share_of_best" not in json.loads(out)

@@ -46,7 +46,7 @@ def test_discounted_returns():
     assert discounted_returns(rewards, FULL).tolist() == [[7, 6, 4]]
     assert discounted_returns(rewards, FULL, 0.5).tolist() == [[3, 4, 4]]
     # the middle place is not the agent's: no discount for it, its reward counts for the token before
-    assert discounted_returns(rewards, mask([1, 0, 1]), 0.5).tolist() == [[1 + 0.5 * (2 + 4), 0, 4]]
+    assert discounted_returns(rewards, mask([1, 0, 1]), 0.5).tolist() == [[1 + 2 + 0.5 * 4, 0, 4]]
     assert discounted_returns(torch.tensor([[1.0, 2.0, 0.0]]), mask([1, 1, 0])).tolist() == [[3, 2, 0]]
 
 
@@ -65,6 +65,8 @@ def test_gae_between_monte_carlo_and_one_step():
     torch.manual_seed(0)
     rewards, values = torch.randn(4, 5), torch.randn(4, 5)
     m = torch.arange(5) < torch.tensor([5, 3, 1, 4])[:, None]
+    holes = torch.rand(4, 5) < 0.6  # with rewards at places that are not the agent's
+    assert torch.allclose(gae(rewards, values, holes, 0.9, 1.0)[1], discounted_returns(rewards, holes, 0.9), atol=1e-6)
     rewards, values = rewards * m, values * m
     advantages, returns = gae(rewards, values, m, 0.9, 1.0)
     assert torch.allclose(returns, discounted_returns(rewards, m, 0.9), atol=1e-6)

@@ -1,15 +1,20 @@
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import NormalizeReward, RecordEpisodeStatistics, RecordVideo, TimeLimit, TransformReward
 from gymnasium.wrappers import vector as vector_wrappers
 
 import textrl
+from textrl.agents import PPO, REINFORCE
+from textrl.critic import state_values, with_advantages
 from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
+from textrl.envs.increasing import Increasing
 from textrl.envs.text import Text
 from textrl.policy import small_model
 from textrl.stepwise import frozen_reference
@@ -260,3 +265,77 @@ def test_sb3_policy_has_the_log_probabilities_of_the_model(tmp_path):
     again = PPO.load(tmp_path / "agent", device="cpu")
     for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- agents in environments that are stepped ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_episodes_that_a_time_limit_cuts_off_keep_their_text_and_their_rewards(mode):
+    envs = gym.make_vec("textrl/Increasing-v0", num_envs=8, max_episode_steps=2, autoreset_mode=mode)
+    rollout = textrl.Agent(envs, batch_size=32, device="cpu").collect()
+    assert rollout.truncated.tolist() == (~rollout.stopped).tolist()
+    assert 0 < rollout.truncated.sum() < 32
+    torch.testing.assert_close(rollout.scores, rollout.rewards.sum(1))
+    assert rollout.completions == Increasing().decode(
+        [ids[:n] for ids, n in zip(rollout.responses.tolist(), rollout.response_lengths.tolist(), strict=True)]
+    )
+    assert {row["prompt"] for row in rollout.rows} == {""}
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_time_limit_is_no_end(critic):
+    """What a cut-off episode would have gone on to is worth what the critic says of the state it was left in."""
+    env = gym.wrappers.TimeLimit(textrl.TextEnv(Copy()), 2)
+    agent = PPO(env, critic=critic, batch_size=16, device="cpu", learning_rate=1e-2)
+    agent.learn(200)
+    rollout = agent.collect()
+    cut = rollout.truncated.nonzero()[:, 0].tolist()
+    assert 0 < len(cut) < 16
+    found, _ = with_advantages(rollout, agent.value, 1000, 0.9, 0.8, False)
+    values = state_values(agent)
+    for i in range(16):
+        n, start = int(rollout.response_lengths[i]), int(rollout.prompt_lengths[i])
+        states = np.full((n + 1, 8), 4)
+        for t in range(n + 1):
+            states[t, : start + t] = rollout.tokens[i, : start + t]
+        v, advantage = values(states), 0.0
+        for t in reversed(range(n)):
+            after = v[t + 1] if t + 1 < n or i in cut else 0.0
+            delta = float(rollout.rewards[i, t]) + 0.9 * after - v[t]
+            advantage = delta + 0.9 * 0.8 * advantage
+            assert float(found.advantages[i, t]) == pytest.approx(advantage, abs=1e-5)
+    baseline = REINFORCE(env, baseline="value", batch_size=16, device="cpu").collect()
+    assert baseline.truncated.any()
+
+
+def test_a_sync_vector_env_of_a_task_with_masks_is_stepped_inside_them():
+    envs = gym.make_vec("textrl/Brackets-v0", num_envs=3, vectorization_mode="sync")
+    rollout = REINFORCE(envs, batch_size=12, device="cpu").collect()
+    task, rows = Brackets(), [{"prompt": row["prompt"]} for row in rollout.rows]
+    assert len({row["prompt"] for row in rows}) > 1
+    for t in range(rollout.allowed.shape[1]):
+        written = np.where(np.arange(6) < t, np.pad(rollout.responses.numpy(), ((0, 0), (0, 6)))[:, :6], 5)
+        here = rollout.action_mask[:, t].numpy()
+        expected = task.masks([row for row, on in zip(rows, here, strict=True) if on], written[here])
+        np.testing.assert_array_equal(rollout.allowed[:, t].numpy()[here], expected)
+
+
+def test_the_penalty_is_whole_wherever_it_is_paid():
+    reference, model = tiny(Copy()), tiny(Copy(), seed=2)
+    settings = {"reference": reference, "kl_coef": 0.5}
+    given = [
+        SyncVectorEnv([lambda: KLPenalty(gym.make("textrl/Copy-v0"), **settings)] * 4),
+        VectorKLPenalty(gym.make_vec("textrl/Copy-v0", num_envs=4), **settings),
+        gym.make_vec("textrl/Copy-v0", num_envs=4, vectorization_mode="sync", **settings),
+        gym.make_vec("textrl/Copy-v0", num_envs=4, **settings),
+    ]
+    rewards = []
+    for env in given:
+        rollout = textrl.Agent(env, copy.deepcopy(model), batch_size=16, device="cpu").collect()
+        kl = 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+        torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores - kl, atol=1e-5, rtol=0)
+        rewards.append(rollout.rewards.sum())
+    torch.testing.assert_close(rewards[0], rewards[1])
+    with pytest.raises(ValueError, match="kl_target must be None for a SyncVectorEnv"):
+        PPO(given[2], copy.deepcopy(model), kl_target=1.0, device="cpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from .drawing import Sampling, draw
 from .generation import generate, stop_at
 from .models import longest_text
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import collect_stepped, is_bare
+from .stepping import action_masks, collect_stepped, is_bare, penalty_weight
 from .stepwise import StepwiseLM
 from .task import Row, Task
 
@@ -52,7 +51,7 @@ def collect(agent: Agent) -> Rollout:
     if attached:
         agent.base.policy = agent.stepper
     seed = int(agent.rng.integers(2**31)) if agent.num_updates == 0 else None
-    missing = 0.0 if attached or agent.base.reference is None else agent.base.kl_coef
+    missing = 0.0 if attached else penalty_weight(agent.env)
 
     def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
         return in_environment(agent, observations)
@@ -78,10 +77,7 @@ def in_environment(
     """Tokens for the observations the environment shows now, their log-probabilities, and the masks that held."""
     masks = None
     if agent.task.masked:
-        asked = (
-            agent.env.get_wrapper_attr("action_masks") if isinstance(agent.env, gym.Env) else agent.base.action_masks
-        )
-        masks = np.atleast_2d(asked())
+        masks = action_masks(agent.env)
     masks = _narrowed(agent, masks, observations)
     tokens, logprobs = _draw(agent, agent.stepper(observations), masks)
     return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks

@@ -31,6 +31,7 @@ class Rollout:
         rewards: (B, T) float32, as the environment paid them: the score and the KL penalty.
         scores: (B,) float32, the task's score of each response.
         stopped: (B,) bool, whether the response ended by itself (with the end token).
+        truncated: (B,) bool, whether a wrapper's time limit cut the episode off, which is no end; None: nowhere.
         rows: B rows of the task.
         completions: B responses as text.
         ref_logprobs: (B, T), under the frozen reference, or None without one.
@@ -60,6 +61,7 @@ class Rollout:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    truncated: Tensor | None = None
     below: Tensor | None = None
     drift: float = 0.0
     group_size: int = 1

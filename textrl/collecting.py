@@ -23,7 +23,7 @@ from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset
 from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
-from .stepping import Act, collect_stepped
+from .stepping import Act, action_masks, collect_stepped, penalty_weight
 from .stepwise import StepwiseLM
 from .task import Task
 
@@ -81,7 +81,7 @@ def collect(
                 attached = env.unwrapped is base
                 if attached:
                     base.policy = stepper
-                missing = 0.0 if attached or base.reference is None else base.kl_coef
+                missing = 0.0 if attached else penalty_weight(env)
                 rollout = collect_stepped(
                     env,
                     base.task,
@@ -142,7 +142,7 @@ def _actor(
         observations: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
         logits = stepper(observations)
-        masks = np.atleast_2d(base.action_masks()) if base.task.masked else None
+        masks = action_masks(env) if base.task.masked else None
         if narrow is not None:
             masks = both_masks(masks, narrow(observations))
         forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import adapted_critic, has_adapter
@@ -60,6 +60,24 @@ def batched_values(critic: Callable[[Rollout], Tensor], rollout: Rollout, tokens
     return out
 
 
+def bootstrapped(rollout: Rollout, critic: Callable[[Rollout], Tensor], gamma: float) -> Rollout:
+    """The rollout with gamma * V(s) in the last reward of an episode that a time limit cut off in the state s.
+
+    Such an episode would have gone on; one that came to its end, or to the task's horizon, is worth nothing more.
+    """
+    if rollout.truncated is None:
+        return rollout
+    cut = rollout.truncated.nonzero()[:, 0]
+    part, last = rollout.select(cut), (rollout.response_lengths - 1)[cut, None]  # (b, 1)
+    further = torch.zeros(len(cut), int(last.max()) + 2, dtype=torch.bool, device=last.device).scatter(
+        1, last + 1, True
+    )
+    after = replace(part, tokens=nn.functional.pad(part.tokens, (0, 1)), action_mask=further, below=None)
+    with torch.no_grad():
+        values = critic(after).gather(1, last + 1)  # of the state before one more token
+    return replace(rollout, rewards=rollout.rewards.index_put((cut[:, None], last), gamma * values, accumulate=True))
+
+
 def with_advantages(
     rollout: Rollout,
     critic: Callable[[Rollout], Tensor],
@@ -74,6 +92,7 @@ def with_advantages(
 
     The returns are the advantages, before whitening, plus the values.
     """
+    rollout = bootstrapped(rollout, critic, gamma)
     values = batched_values(critic, rollout, tokens_at_once) if rollout.values is None else rollout.values
     mask = rollout.action_mask
     advantages, returns = gae(rollout.rewards, values, mask, gamma, gae_lambda)

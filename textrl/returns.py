@@ -37,10 +37,13 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
     """
     _check_sequences(gamma, 1.0, rewards=rewards, mask=mask)
     returns = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(rewards[:, 0])  # G_{t+1}
+    between = torch.zeros_like(running)  # rewards at places that are not the agent's
     for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + torch.where(mask[:, t], gamma, 1.0) * running
-        returns[:, t] = torch.where(mask[:, t], running, 0.0)
+        here = mask[:, t]
+        running = torch.where(here, rewards[:, t] + between + gamma * running, running)
+        between = torch.where(here, 0.0, between + rewards[:, t])
+        returns[:, t] = torch.where(here, running, 0.0)
     return returns
 
 

@@ -21,6 +21,7 @@ from .rollout import Rollout, pad_responses
 from .scores import about
 from .task import FAULT, Row, Task
 from .vector import TextVectorEnv
+from .wrappers import KLPenalty, VectorKLPenalty
 
 AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
@@ -48,6 +49,25 @@ def is_bare(env: AnyEnv) -> bool:
     return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
 
 
+def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
+    """The masks that hold now, (N, V)."""
+    inner: Any = env.unwrapped
+    if isinstance(inner, gym.vector.SyncVectorEnv):
+        return np.stack([each.get_wrapper_attr("action_masks")() for each in inner.envs])
+    asked = env.get_wrapper_attr("action_masks") if isinstance(env, gym.Env) else inner.action_masks
+    return np.atleast_2d(asked())  # type: ignore[no-any-return]
+
+
+def penalty_weight(env: Any) -> float:
+    """The sum of the weights of all KL penalties that are paid, by an environment and by wrappers around it."""
+    weight = 0.0
+    while not isinstance(env, (TextEnv, TextVectorEnv)):
+        if isinstance(env, (KLPenalty, VectorKLPenalty)):
+            weight += env.kl_coef
+        env = env.envs[0] if isinstance(env, gym.vector.SyncVectorEnv) else env.env
+    return weight + (0.0 if env.reference is None else env.kl_coef)
+
+
 @dataclass
 class _Episode:
     prompt: NDArray[np.int64]
@@ -60,10 +80,11 @@ class _Episode:
     score: float = 0.0
     completion: str = ""
     fault: str | None = None
+    truncated: bool = False
 
-    def end(self, infos: dict[str, Any], i: int) -> None:
-        """Takes the score and the texts from what the environment said of row i."""
-        if "score" in infos:
+    def end(self, infos: dict[str, Any], i: int, task: Task) -> None:
+        """Takes the score and the texts from what the environment said of row i, or else from what was done."""
+        if "score" in infos and ("_score" not in infos or infos["_score"][i]):  # of this row, or of another
             self.score, self.completion = float(infos["score"][i]), infos["completion"][i]
             self.row = {"prompt": infos["prompt"][i]}
             if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
@@ -71,6 +92,8 @@ class _Episode:
                 self.fault = said or f"score failed for {about(infos['prompt'][i], self.completion)}"
         else:
             self.score = sum(self.rewards)
+            prompt, self.completion = task.decode([self.prompt.tolist(), self.actions])
+            self.row = {"prompt": prompt}
 
 
 def collect_stepped(
@@ -126,7 +149,8 @@ def collect_stepped(
             if "ref_logprob" in said:
                 episode.ref_logprobs.append(float(said["ref_logprob"][i]))
             if ended[i]:
-                episode.end(said, i)
+                episode.end(said, i, task)
+                episode.truncated = bool(truncated[i]) and not bool(terminated[i])
                 if len(finished[i]) < quota:
                     finished[i].append(episode)
                 running[i] = None
@@ -169,6 +193,9 @@ def _stack(every: list[_Episode], task: Task, device: torch.device) -> Rollout:
         rewards=torch.zeros(mask.shape, device=device),
         scores=torch.tensor([e.score for e in episodes], device=device),
         stopped=torch.tensor([e.actions[-1] == task.eos_token_id for e in episodes], device=device),
+        truncated=torch.tensor([e.truncated for e in episodes], device=device)
+        if any(e.truncated for e in episodes)
+        else None,
         rows=[e.row for e in episodes],
         completions=[e.completion for e in episodes],
         dropped=faults,
