@@ -5,6 +5,9 @@ import pytest
 import torch
 
 import textrl
+from textrl.acting import _response
+from textrl.agents import GRPO
+from textrl.envs.copy import Copy
 from textrl.policy import small_model
 
 
@@ -143,3 +146,20 @@ def test_wrong_masks_are_refused(masks, message):
     agent = textrl.Agent(env, loud_for(2), device="cpu")
     with pytest.raises(ValueError, match=message):
         agent.predict(env.reset()[0], action_masks=masks)
+
+
+def test_a_response_that_is_over_is_none_to_be_masked():
+    task = Copy(length=2)
+    empty = task.vocab_size
+    observation = np.array([0, 1, 2, empty, empty])
+    assert _response(task, observation, 2) is not None
+    observation[3] = task.eos_token_id
+    task.max_new_tokens = 3
+    assert _response(task, observation, 2) is None
+    assert _response(task, np.array([0, 1, 2, 1, 2]), 2) is None  # the horizon
+
+
+def test_a_batch_is_rounded_up_to_whole_groups():
+    agent = GRPO(textrl.TextEnv(Copy(length=2)), batch_size=6, group_size=4)
+    rollout = agent.collect()
+    assert len(rollout) == 8

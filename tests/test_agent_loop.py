@@ -2,6 +2,7 @@
 
 import copy
 import csv
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,8 @@ from gymnasium.wrappers import TransformReward
 
 import textrl
 from textrl.agents import PPO, REINFORCE
+from textrl.envs.copy import Copy
+from textrl.loop import _due
 from textrl.policy import small_model
 from textrl.returns import masked_mean
 
@@ -254,3 +257,55 @@ def test_a_task_that_only_samples_may_meet_a_short_model_as_long_as_its_prompts_
                 continue
             with pytest.raises(ValueError, match=r"reads at most 8 tokens, but prompt and response may have (9|10)"):
                 agent.learn(400)
+
+
+def test_the_score_has_its_full_weight_after_learn_even_if_it_was_ended_early():
+    task = Copy(length=2)
+    model = small_model(task.vocab_size, 16)
+    env = textrl.TextEnv(task, reference=copy.deepcopy(model), kl_coef=0.1)
+    agent = PPO(env, model, batch_size=8, epochs=1, minibatches=1, score_start=0.1)
+    seen = []
+    agent.learn(1000, callback=lambda agent, metrics: seen.append(agent.score_weight) or False)
+    assert seen[0] < 1
+    assert agent.score_weight == 1
+    assert agent.schedule == 1
+
+
+def test_the_best_checkpoint_has_the_best_mean_since_the_one_before():
+    call = {"next": 10, "sum": 0.0, "count": 0, "best": None, "best_score": None}
+    agent = SimpleNamespace(call=call, num_timesteps=0)
+    due = []
+    for score in (0.0, 4.0, 1.0, 2.0, 3.0, 2.0):
+        agent.num_timesteps += 5
+        due.append(_due(agent, {"rollout/score": score}, 10))
+    assert due == [False, True] * 3
+    assert (call["best"], call["best_score"]) == (30, 2.5)  # means of 2, 1.5 and 2.5
+    assert (call["sum"], call["count"], call["next"]) == (0.0, 0, 40)
+
+
+def test_the_reference_forgets_what_it_read_after_every_iteration():
+    task = Copy(length=2)
+    model = small_model(task.vocab_size, 16)
+    bare = textrl.TextEnv(task, reference=copy.deepcopy(model), kl_coef=0.1)
+    agent = REINFORCE(gym.wrappers.RecordEpisodeStatistics(bare), model, batch_size=4)
+    agent.collect()
+    assert bare._penalty.stepper._seen is not None  # else this tests nothing
+    agent.learn(1)
+    assert bare._penalty.stepper._seen is None  # as in a run that is taken up here
+
+
+def test_what_was_read_before_an_update_is_read_again_after_it():
+    env = gym.wrappers.RecordEpisodeStatistics(textrl.TextEnv(Copy(length=2)))
+    observation = env.reset(seed=0)[0][None]
+
+    class Reader(REINFORCE):
+        def update(self, rollout):
+            self.before = self.stepper(observation).clone()
+            return super().update(rollout)
+
+    agent = Reader(env, batch_size=4, learning_rate=0.1)
+    agent.learn(1)
+    after = agent.stepper(observation).clone()
+    assert not torch.equal(agent.before, after)
+    agent.stepper.forget()
+    torch.testing.assert_close(after, agent.stepper(observation))

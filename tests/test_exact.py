@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import textrl
-from textrl.exact import evaluate_exact, exact_gradient, solve
-from textrl.policy import CausalPolicy, small_model
+from textrl.exact import evaluate_exact, exact_critic, exact_gradient, solve
+from textrl.policy import CausalPolicy, small_model, values_at
 from textrl.tabular import tabular_model
 
 
@@ -284,3 +284,56 @@ def test_a_share_of_nothing_to_gain():
 def test_a_penalty_needs_a_reference():
     with pytest.raises(ValueError, match="needs a reference"):
         solve(RandomTask(), kl_coef=0.1)
+
+
+class Letters(textrl.Task):
+    """How many of the letters are "a"."""
+
+    def __init__(self):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=2)
+
+    def prompts(self):
+        return [{"prompt": "b"}]
+
+    def score(self, prompts, completions, **columns):
+        return [float(text.count("a")) for text in completions]
+
+
+def test_the_optimal_policys_logits_are_those_that_the_temperature_divides():
+    task = Letters()
+    reference = tabular_model(task, std=1.0, seed=2)
+    solution = solve(task, reference, 0.3, temperature=1.5)
+    found = evaluate_exact(task, solution.model(), reference, 0.3, temperature=1.5)
+    assert found.share == pytest.approx(1, abs=1e-5)
+    assert found.objective == pytest.approx(solution.objective, abs=1e-5)
+
+
+class Anything(textrl.Task):
+    """Half a point for either letter, none for the end."""
+
+    def __init__(self):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=1)
+
+    def prompts(self):
+        return [{"prompt": ""}]
+
+    def score(self, prompts, completions, **columns):
+        return [0.5 * len(text) for text in completions]
+
+
+def test_without_a_penalty_tied_tokens_are_said_evenly():
+    solution = solve(Anything())
+    assert solution.objective == 0.5
+    assert solution.logits("").softmax(-1).tolist() == pytest.approx([0, 0.5, 0.5])
+    assert evaluate_exact(Anything(), solution.model()).entropy == pytest.approx(math.log(2))
+
+
+def test_the_exact_critic_of_a_prompt_is_its_objective():
+    task = Letters()
+    model, reference = (tabular_model(task, std=1.0, seed=seed) for seed in (1, 2))
+    critic = exact_critic(task, model, reference, 0.3, temperature=1.5)
+    found = evaluate_exact(task, model, reference, 0.3, temperature=1.5)
+    assert found.kl > 0.1
+    tokens = torch.from_numpy(task.encode({"prompt": "b"}))[None]
+    place = torch.tensor([0]), torch.tensor([tokens.shape[1] - 1])
+    assert float(values_at(critic, tokens, *place)) == pytest.approx(found.objective, abs=1e-5)

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import textrl
 import textrl.generation
 import textrl.policy
 import textrl.slots
+from textrl.agents import PPO
 from textrl.drawing import Sampling
+from textrl.envs.copy import Copy
 from textrl.flat import FlatGPT2, FlatLlama, attention, flat_of
 from textrl.generation import generate
 from textrl.policy import CausalPolicy, recompute_blocks, small_model, value_model, values_at, without_dropout
 from textrl.stepwise import StepwiseLM
+from textrl.trunk import frozen_blocks
 
 VOCAB = 11
 
@@ -319,3 +323,26 @@ def test_a_step_over_fixed_tensors_draws_what_the_loop_draws(name, options, monk
     torch.testing.assert_close(fixed.values, plain.values, rtol=1e-5, atol=1e-5)
     longest, started = int(plain.lengths.max()), max(2, options.get("min_new_tokens", 0))
     assert longest - started <= len(steps) < longest - started + 8  # it ends within eight tokens of the last row
+
+
+def test_a_block_of_which_a_part_learns_is_not_frozen():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, bos_token_id=0, eos_token_id=0))
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    assert frozen_blocks(model) == 2
+    model.model.layers[1].mlp.down_proj.requires_grad_(True)
+    assert frozen_blocks(model) == 1
+
+
+def test_a_critic_enters_where_the_frozen_blocks_end(monkeypatch):
+    torch.manual_seed(0)
+    env = textrl.TextEnv(Copy(length=2))
+    shape = {"vocab_size": env.task.vocab_size, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, bos_token_id=0, eos_token_id=0))
+    agent = PPO(env, model, trainable_layers=1, batch_size=4)
+    rollout, ran, qkv = agent.collect(), [], FlatLlama.qkv
+    monkeypatch.setattr(FlatLlama, "qkv", lambda self, layer, *rest: (ran.append(layer), qkv(self, layer, *rest))[1])
+    agent.value(rollout)
+    assert set(ran) == {2}

@@ -6,7 +6,7 @@ import torch
 
 import textrl
 from textrl.agents import PPO
-from textrl.drawing import Sampling
+from textrl.drawing import Sampling, draw, within_top_p
 from textrl.envs.copy import Copy
 from textrl.generation import generate, stop_at
 from textrl.policy import CausalPolicy, small_model
@@ -59,3 +59,43 @@ def test_agents_take_stop_strings():
         agent.generate(["a"], stop_strings="b")
     with pytest.raises(ValueError, match="not empty"):
         agent.generate(["a"], stop_strings=[""])
+
+
+def test_a_text_whose_characters_are_several_tokens_each_is_seen():
+    stop = stop_at(["é€😀"], lambda responses: [bytes(ids).decode(errors="replace") for ids in responses])
+    ids = list("x€é€😀".encode())
+    assert stop([ids, ids[:-1]]) == [True, False]
+
+
+def test_top_p_keeps_no_token_more_than_reach_it():
+    assert within_top_p(torch.zeros(4), 0.5).sum() == 2  # a quarter each: two reach it exactly
+    assert within_top_p(torch.zeros(4), 0.51).sum() == 3
+
+
+def test_top_p_is_about_what_temperature_and_masks_have_left():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    uniforms = torch.linspace(0, 0.999, 50)
+    colder = draw(logits.expand(50, 3), uniforms, Sampling(temperature=0.5, top_p=0.6))[0]
+    assert set(colder.tolist()) == {0}  # 0.25 / 0.38 reaches 0.6 alone
+    forbidden = torch.tensor([[True, False, False]]).expand(50, 3)
+    others = draw(logits.expand(50, 3), uniforms, Sampling(top_p=0.55), forbidden)[0]
+    assert set(others.tolist()) == {1}  # 0.3 / 0.5
+
+
+def test_rounding_of_the_sum_of_probabilities_never_draws_what_cannot_come():
+    logits = torch.randn(200, 500, generator=torch.Generator().manual_seed(0))
+    forbidden = torch.zeros(200, 500, dtype=torch.bool)
+    forbidden[:, -3:] = True
+    sums = logits.masked_fill(forbidden, -torch.inf).softmax(-1).cumsum(-1)[:, -1]
+    largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    assert (sums < largest).any()  # else this tests nothing
+    tokens, logprobs = draw(logits, largest.expand(200), Sampling(), forbidden)
+    assert (tokens < 497).all()
+    assert logprobs.isfinite().all()
+
+
+def test_top_k_of_all_tokens_but_one_leaves_that_one_out():
+    logits = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log().expand(50, 4)
+    tokens, logprobs = draw(logits, torch.linspace(0, 0.999, 50), Sampling(top_k=3))
+    assert set(tokens.tolist()) == {1, 2, 3}
+    torch.testing.assert_close(logprobs[0].exp(), torch.tensor(0.5 / 0.9))

@@ -59,3 +59,9 @@ def test_adaptive_coefficient():
 def test_adaptive_coefficient_refuses_zero(settings):
     with pytest.raises(ValueError, match="must be above 0; got 0"):
         AdaptiveKL(0.1, **settings)
+
+
+def test_tokens_that_cannot_come_add_nothing_to_the_kl():
+    logits = torch.tensor([0.0, 0.0, -math.inf])
+    assert float(full_kl(logits, torch.zeros(3))) == pytest.approx(math.log(3 / 2))
+    assert float(full_kl(logits, logits)) == 0  # neither policy says the last

@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import textrl
 from textrl.agents import DPO, PPO
 from textrl.envs.copy import Copy
-from textrl.memory import OutOfMemory, is_out_of_memory
+from textrl.memory import OutOfMemory, accumulate_gradients, is_out_of_memory
+from textrl.optim import Optimizer
+from textrl.returns import masked_mean
+from textrl.rollout import Rollout
 
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), CPU, MemoryError()]
@@ -93,3 +97,47 @@ def test_a_run_that_is_resumed_keeps_the_halved_microbatch(tmp_path):
     again = agent_of()
     again.learn(120, log_dir=tmp_path, resume=True)
     assert again.config == agent.config != agent_of().config
+
+
+def test_a_parameter_in_two_groups_counts_in_the_first_alone():
+    own, both, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    optimizer = Optimizer([own, both], [both, other], learning_rate=0.1, max_grad_norm=0.0)
+    assert [len(optimizer.parameters[group]) for group in optimizer.groups] == [2, 1]
+    own.grad, both.grad, other.grad = torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([6.0])
+    assert optimizer.step() == pytest.approx(7)
+    assert both.item() == pytest.approx(-0.1, rel=1e-3)  # one step
+
+
+def test_weights_below_float32_are_put_back_with_their_copies():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    optimizer = Optimizer([weight], learning_rate=0.5)
+    before = optimizer.get_weights()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weight.tolist() != [1, 2]
+    optimizer.set_weights(before)
+    assert weight.tolist() == [1, 2]
+    assert optimizer.masters[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("tokens_at_once", [64, 4])
+def test_a_ragged_batchs_loss_is_the_mean_over_its_tokens_however_it_is_cut(tokens_at_once):
+    weight = torch.tensor(2.0, requires_grad=True)
+    x = torch.tensor([[1.0, 3.0], [5.0, 0.0], [7.0, 9.0]])
+    batch = Rollout(
+        tokens=torch.ones(3, 4, dtype=torch.int64),
+        prompt_lengths=torch.tensor([2, 2, 2]),
+        action_mask=torch.tensor([[True, True], [True, False], [True, True]]),
+        logprobs=x,
+        rewards=x,
+        scores=x[:, 0],
+        stopped=torch.zeros(3, dtype=torch.bool),
+    )
+
+    def loss(part):
+        mean = masked_mean(part.logprobs, part.action_mask)
+        return weight * mean, {"mean": mean}
+
+    found = accumulate_gradients(loss, batch, tokens_at_once)
+    assert found == pytest.approx({"loss": 10, "mean": 5})
+    assert weight.grad.item() == pytest.approx(5)

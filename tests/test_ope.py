@@ -1,6 +1,7 @@
 """Off-policy estimators against the exact value, and against numbers worked by hand."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 import textrl
 from textrl.agents import BPO, NLPO
 from textrl.envs.brackets import Brackets
+from textrl.envs.copy import Copy
 from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact
-from textrl.ope import estimators, ope, token_means
+from textrl.ope import _q_and_v, estimators, ope, token_means
 from textrl.policy import CausalPolicy, small_model
 from textrl.rollout import Rollout, collect_sampled
 from textrl.task import symbol_tokenizer
@@ -226,3 +228,57 @@ def test_what_was_done_outside_the_masks_is_learned_from_and_has_no_weight() -> 
     lost.rows = []
     with pytest.raises(ValueError, match="dataset must be episodes with their rows"):
         ope(lost, model, env)
+
+
+def test_an_episodes_q_comes_from_the_half_that_it_is_not_in():
+    rewards = torch.tensor([[0.0], [1.0], [0.0], [1.0]], dtype=torch.float64)
+    logged = Rollout(
+        tokens=torch.tensor([[0, 1]] * 4),
+        prompt_lengths=torch.ones(4, dtype=torch.int64),
+        action_mask=torch.ones(4, 1, dtype=torch.bool),
+        logprobs=torch.zeros(4, 1),
+        rewards=rewards.float(),
+        scores=rewards[:, 0].float(),
+        stopped=torch.zeros(4, dtype=torch.bool),
+    )
+    chosen, states = _q_and_v(CausalPolicy(small_model(4, 8), 4), logged, rewards, None)
+    assert chosen[:, 0].tolist() == [1, 0, 1, 0]
+    torch.testing.assert_close(states, chosen)  # all tokens of a place alike: those never seen have its mean
+
+
+def test_the_value_of_a_state_is_that_inside_the_masks():
+    zeros = torch.zeros(4, 1)
+    logged = Rollout(
+        tokens=torch.tensor([[0, 2]] * 4),
+        prompt_lengths=torch.ones(4, dtype=torch.int64),
+        action_mask=torch.ones(4, 1, dtype=torch.bool),
+        logprobs=zeros,
+        rewards=zeros,
+        scores=zeros[:, 0],
+        stopped=torch.zeros(4, dtype=torch.bool),
+        allowed=torch.tensor([False, False, True, False]).expand(4, 1, 4),
+    )
+    q = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    policy = CausalPolicy(small_model(4, 8), 4)
+    chosen, states = _q_and_v(policy, logged, zeros.double(), lambda batch: q.expand(len(batch), 1, 4))
+    assert chosen.unique().tolist() == [4]
+    assert states.unique().tolist() == [4]  # the only token that was allowed
+
+
+def test_the_logged_return_is_that_of_the_policy_that_was_logged():
+    task = Copy(length=2)
+    logged, other, reference = (small_model(task.vocab_size, 16, seed) for seed in (1, 2, 3))
+    with torch.no_grad():
+        for parameter in [*logged.parameters(), *other.parameters(), *reference.parameters()]:
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+    env = textrl.TextEnv(task, reference=reference, kl_coef=0.5)
+    rollout = collect_sampled(
+        env,
+        CausalPolicy(logged, task.vocab_size),
+        16,
+        rng=np.random.default_rng(0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    found = ope(rollout, other, env, penalised=True)
+    assert math.isfinite(found.logged)
+    assert found.logged == pytest.approx(float(rollout.rewards.sum(1).mean()), abs=1e-4)

@@ -11,7 +11,9 @@ import torch
 
 import textrl
 from textrl import agents
+from textrl.agents import REINFORCE, SFT
 from textrl.checkpoint import CheckpointError
+from textrl.envs.copy import Copy
 from textrl.policy import small_model
 from textrl.returns import masked_mean
 from textrl.runs import Checkpoints
@@ -383,3 +385,23 @@ def test_what_was_saved_before_comes_back_where_the_new_cannot_take_its_place(tm
     with pytest.raises(ValueError, match=r"could not be written: .*No space left"):
         agents.REINFORCE(sampled(), seed=2).save(tmp_path / "a")
     assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_learning_rate_given_to_load_is_in_force(tmp_path):
+    env = textrl.TextEnv(Copy(length=2))
+    REINFORCE(env, learning_rate=0.25).save(tmp_path / "agent")
+    assert REINFORCE.load(tmp_path / "agent", env).optimizer.learning_rate == 0.25
+    agent = REINFORCE.load(tmp_path / "agent", env, learning_rate=0.5)
+    assert agent.learning_rate == 0.5
+    assert agent.optimizer.learning_rate == pytest.approx(0.5)
+
+
+def test_an_epoch_goes_on_after_loading(tmp_path):
+    env = textrl.TextEnv(Copy(length=2))
+    rows = [{"prompt": "ab", "completion": "ab"}, {"prompt": "ba", "completion": "ba"}] * 4
+    agent = SFT(env, dataset=rows, batch_size=3)
+    agent.collect()
+    agent.save(tmp_path / "agent")
+    loaded = SFT.load(tmp_path / "agent", env, dataset=rows)
+    assert torch.equal(loaded._epochs._order, agent._epochs._order)
+    assert loaded._epochs.take(5, 8).tolist() == agent._epochs.take(5, 8).tolist()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from textrl.critic import with_advantages
 from textrl.returns import (
     discounted_returns,
     explained_variance,
@@ -16,6 +17,7 @@ from textrl.returns import (
     mean_of_others,
     whiten,
 )
+from textrl.rollout import Rollout
 
 FULL = torch.ones(1, 3, dtype=torch.bool)
 
@@ -106,3 +108,40 @@ def test_explained_variance():
     assert explained_variance(returns, returns, FULL) == 1
     assert explained_variance(torch.full((1, 3), 7.0), returns, FULL) == pytest.approx(0)
     assert explained_variance(-returns, returns, FULL) == pytest.approx(1 - 4)
+
+
+def test_the_mean_of_one_place_is_what_stands_there():
+    x, m = torch.tensor([[3.0, 100.0]]), torch.tensor([[True, False]])
+    assert masked_mean(x, m) == 3
+    assert masked_var(x, m) == 0
+    assert whiten(x, m).tolist() == [[0, 0]]
+
+
+def test_rewards_at_several_places_between_the_agents_all_count_for_the_token_before():
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0.5, 9.0, 9.0, 1.5]])
+    mask = torch.tensor([[True, False, False, True]])
+    advantages, _ = gae(rewards, values, mask, 0.5, 1.0)
+    last = 8 - 1.5
+    assert advantages.tolist() == [[1 + 2 + 4 + 0.5 * 1.5 - 0.5 + 0.5 * last, 0, 0, last]]
+
+
+def test_the_critics_targets_come_from_advantages_before_whitening():
+    mask = torch.tensor([[True, True], [True, False]])
+    rewards, values = torch.tensor([[0.0, 3.0], [1.0, 0.0]]), torch.tensor([[0.5, 1.0], [2.0, 0.0]])
+    rollout = Rollout(
+        tokens=torch.tensor([[0, 1, 1, 2], [0, 1, 0, 0]]),
+        prompt_lengths=torch.tensor([2, 2]),
+        action_mask=mask,
+        logprobs=torch.zeros(2, 2),
+        rewards=rewards,
+        scores=rewards.sum(1),
+        stopped=torch.tensor([False, True]),
+        values=values,
+    )
+    found, known = with_advantages(rollout, lambda batch: values, 64, 1.0, 0.5, True)
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.5)
+    torch.testing.assert_close(found.advantages, whiten(advantages, mask))
+    torch.testing.assert_close(found.returns, returns)
+    plain, same = with_advantages(rollout, lambda batch: values, 64, 1.0, 0.5, False)
+    assert torch.equal(plain.advantages, advantages)
+    assert same == pytest.approx(known)

@@ -12,7 +12,7 @@ from textrl.agents import PPO
 from textrl.offline import given_rollout
 from textrl.policy import small_model, value_model, values_at
 from textrl.rewards import RewardModel
-from textrl.textcritic import TextCritic, same_tokenizer
+from textrl.textcritic import TextCritic, same_tokenizer, shared
 
 
 class Pairs(textrl.Task):
@@ -105,3 +105,9 @@ def test_tokenizers_are_compared_by_what_they_do():
     assert same_tokenizer(textrl.symbol_tokenizer("abc"), textrl.symbol_tokenizer("abc"))
     assert not same_tokenizer(textrl.symbol_tokenizer("abc"), textrl.symbol_tokenizer("acb"))
     assert not same_tokenizer(textrl.symbol_tokenizer("abc"), merging_tokenizer())
+
+
+def test_what_a_part_of_a_character_is_shown_as_is_not_shared():
+    assert shared("ab\ufffd", "abéc") == 2
+    assert shared("ab", "abc") == 2
+    assert shared("", "abc") == 0

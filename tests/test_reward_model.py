@@ -1,0 +1,42 @@
+"""How a reward model is trained, and how it reads texts that are long, alike or many."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+import textrl
+from textrl.policy import small_model
+from textrl.reward_training import _Training
+from textrl.rewards import RewardModel, RewardModelConfig
+
+
+def test_the_learning_rate_falls_by_equal_steps():
+    model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
+    pairs = Dataset.from_list([{"prompt": "", "chosen": "a", "rejected": "b"}] * 4)
+    training = _Training(model, pairs, RewardModelConfig(epochs=1, batch_size=1, learning_rate=0.4))
+    rates = []
+    for _ in range(4):
+        training.step()
+        rates.append(training.optimizer.learning_rate)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_pairs_are_shuffled_anew_in_every_epoch():
+    model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
+    pairs = Dataset.from_list([{"prompt": "", "chosen": "a" * (i + 1), "rejected": "b"} for i in range(8)])
+    order = np.concatenate(_Training(model, pairs, RewardModelConfig(epochs=2, batch_size=2)).batches)
+    assert sorted(order[:8]) == sorted(order[8:]) == list(range(8))
+    assert order[:8].tolist() != order[8:].tolist()
+
+
+def test_a_text_that_is_too_long_loses_its_beginning():
+    model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"), max_length=5)
+    whole, short = model.encode(["aaabc", "bc"])
+    assert len(whole) == 5
+    assert whole[-3:] == short[-3:]  # "bc" and the end
+    assert whole[0] == short[0]
+
+
+def test_a_tie_counts_half():
+    model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
+    assert model.accuracy(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}])) == 0.5
