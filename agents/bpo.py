@@ -13,7 +13,7 @@ whatever mu was. Its b is the log-mean-exp of the returns of a prompt's episodes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +25,7 @@ from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.episodes import as_episodes, logged_source, take_in
 from textrl.offline import Epochs, prompt_groups
 from textrl.returns import masked_mean
-from textrl.rollout import Rollout
+from textrl.rollout import Rollout, batched_logprobs
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -77,11 +77,11 @@ def best_of_each(returns: Tensor, groups: Tensor, share: float) -> Tensor:
     return kept
 
 
-def truncated_importance_loss(logprobs: Tensor, old_logprobs: Tensor, returns: Tensor, max_ratio: float) -> Tensor:
-    """-mean of min(pi / mu, c) * (R - b) * log pi(y) over whole responses: (B,), (B,), (B,) -> ()."""
-    ratios = (logprobs - old_logprobs).detach().exp().clamp(max=max_ratio)
+def truncated_advantages(logprobs: Tensor, old_logprobs: Tensor, returns: Tensor, max_ratio: float) -> Tensor:
+    """min(pi / mu, c) * (R - b) of whole responses, b the mean of R by these weights: (B,), (B,), (B,) -> (B,)."""
+    ratios = (logprobs - old_logprobs).exp().clamp(max=max_ratio)
     baseline = (ratios * returns).sum() / ratios.sum().clamp(min=1e-8)
-    return -(ratios * (returns - baseline) * logprobs).mean()
+    return ratios * (returns - baseline)
 
 
 class BPO(Agent):
@@ -150,10 +150,10 @@ class BPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a minibatch of logged episodes."""
-        loss: Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
-        loss = self._importance_loss if self.config.weighting == "tis" else self._fit
-        over = "groups" if self.config.weighting == "tis" else "tokens"
-        numbers = self.minimise(loss, replace(rollout, group_size=1), mean_over=over)
+        if self.config.weighting == "tis":
+            numbers = self._importance_step(replace(rollout, group_size=1))
+        else:
+            numbers = self.minimise(self._fit, rollout)
         numbers["effective_sample_size"] = float(1 / (self.weights**2).sum())
         return {f"train/{key}": value for key, value in numbers.items()}
 
@@ -161,12 +161,19 @@ class BPO(Agent):
         """The cross-entropy of episodes that were drawn by their weights."""
         return masked_mean(-self.logprobs(batch), batch.action_mask), {}
 
-    def _importance_loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = self.logprobs(batch).sum(1)  # (B,)
-        returns = batch.scores
-        if batch.ref_logprobs is not None:
-            returns = returns - self.base.kl_coef * (logprobs.detach() - batch.ref_logprobs.sum(1))
-        old = batch.logprobs.sum(1)
-        ratios = (logprobs.detach() - old).exp()
-        numbers = {"ratio": ratios.mean(), "truncated": (ratios > self.config.max_ratio).float().mean()}
-        return truncated_importance_loss(logprobs, old, returns, self.config.max_ratio), numbers
+    def _importance_step(self, rollout: Rollout) -> dict[str, float]:
+        """Asks what the policy thinks of the whole batch, of which b is a mean; then takes a step, in parts or not."""
+        limit, c = self.config.max_tokens_per_microbatch, self.config.max_ratio
+        logprobs = batched_logprobs(self.policy, rollout, limit, masked=True).sum(1)  # (B,)
+        old, returns = rollout.logprobs.sum(1), rollout.scores
+        if rollout.ref_logprobs is not None:
+            returns = returns - self.base.kl_coef * (logprobs - rollout.ref_logprobs.sum(1))
+        advantages = truncated_advantages(logprobs, old, returns, c)[:, None].expand_as(rollout.rewards)
+        numbers = self.minimise(self._weighted_fit, replace(rollout, advantages=advantages), mean_over="groups")
+        ratios = (logprobs - old).exp()
+        return {**numbers, "ratio": float(ratios.mean()), "truncated": float((ratios > c).float().mean())}
+
+    def _weighted_fit(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """-mean of min(pi / mu, c) * (R - b) * log pi(y) over whole responses."""
+        assert batch.advantages is not None
+        return -(batch.advantages[:, 0] * self.logprobs(batch).sum(1)).mean(), {}

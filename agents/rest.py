@@ -79,7 +79,9 @@ def keep_weights(returns: Tensor, groups: Tensor, quantile: float, kl_coef: floa
             logits = found / kl_coef
             rest = (logits + counts.log()).flip(0).logcumsumexp(0).flip(0)
             taus = rest - (room - above).clamp(min=1e-9).log()
-            tau = taus[(taus >= logits) & (above < room)][0]
+            may = (above < room).nonzero()[:, 0]
+            fits = may[taus[may] >= logits[may]]
+            tau = taus[fits[0] if len(fits) else may[-1]]  # the last always fits, but for rounding
             weights = (logits - tau).clamp(max=0).exp()
         kept[members] = weights.flip(0)[which]
     return kept.float()

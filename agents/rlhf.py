@@ -68,6 +68,7 @@ class _Run:
         self.base: PreTrainedModel = base.to(self.device, self.dtype)
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
+        self._choose_data()
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"
         print(escape(self.about), flush=True)
         if not (self.folder / RUN).exists():  # nothing is written before all is at hand
@@ -132,6 +133,27 @@ class _Run:
         """Movie-review sentences."""
         return self.ratings.filter(lambda row: row["split"] in splits and row["source"] == "movie")
 
+    def _choose_data(self) -> None:
+        """What steps and report read, before the first step: settings that leave nothing of it are refused here."""
+        config, size = self.config, self.config.reward_group_size
+        train = self.ratings.filter(lambda row: row["split"] == "train" and self.short(row["text"]))
+        test = self.ratings.filter(lambda row: row["split"] == "test")
+        wanted = self.planned(config.reward_groups)
+        try:
+            self.pairs = rating_groups(train, config.pair_gap, wanted, size, config.seed)
+            self.test_pairs = rating_groups(test, config.pair_gap, config.eval_groups, size, seed=0)
+        except ValueError as error:
+            raise ValueError(
+                f"pair_gap, reward_group_size and max_words must leave pairs of sentences: {error}"
+            ) from None
+        try:
+            chosen = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
+            self.prompts = chosen[: config.eval_episodes]  # that the reward model's scores are standardised on
+            self.test_prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"]
+        except ValueError as error:
+            raise ValueError(f"opening_words must leave openings of sentences: {error}") from None
+        self.reward_epochs = max(1, round(wanted / (1 + max(self.pairs["group"]))))  # where there are fewer than wanted
+
     def short(self, text: str) -> bool:
         """Whether a sentence is short enough to learn from."""
         return len(text.split()) <= self.config.max_words
@@ -194,20 +216,16 @@ class _Run:
         """Step 2: pairs of sentences that people rated apart; scores of mean 0, std 1 on the SFT model's samples."""
         config, sft = self.config, self.load("sft")
         model = RewardModel.from_language_model(sft, self.tokenizer, seed=config.seed)
-        train = self.ratings.filter(lambda row: row["split"] == "train" and self.short(row["text"]))
-        groups = self.planned(config.reward_groups)
-        pairs = rating_groups(train, config.pair_gap, groups, config.reward_group_size, config.seed)
         settings = RewardModelConfig(
             learning_rate=config.reward_learning_rate,
             batch_size=1,
+            epochs=self.reward_epochs,
             trainable_layers=config.trainable_layers,
             seed=config.seed,
         )
-        train_reward_model(
-            model, pairs, settings, **self.saving(folder.name, len(pairs) * config.reward_groups // groups)
-        )
-        prompts = openings(self.sentences("validation"), config.opening_words, seed=config.seed)["prompt"]
-        prompts = prompts[: config.eval_episodes]
+        whole = len(self.pairs) * self.reward_epochs * config.reward_groups // self.planned(config.reward_groups)
+        train_reward_model(model, self.pairs, settings, **self.saving(folder.name, whole))
+        prompts = self.prompts
         drawn = self.samples(self.env(prompts, model, None, config.max_new_tokens), sft, prompts)
         model.standardise(prompts, drawn.completions)
         model.save(folder)
@@ -215,7 +233,7 @@ class _Run:
     def ppo(self, folder: Path) -> None:
         """Step 3: PPO on openings that the report does not use."""
         config, sft, scorer = self.config, self.load("sft"), self.scorer()
-        held_out = set(openings(self.sentences("test"), config.opening_words)["prompt"])
+        held_out = set(self.test_prompts)
         known = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
         prompts = [prompt for prompt in known if prompt not in held_out]
         agent = PPO(
@@ -239,9 +257,7 @@ class _Run:
         """Compares the SFT model and the PPO policy on held-out openings and writes the report."""
         print("report", flush=True)
         config, sft, policy, scorer = self.config, self.load("sft"), self.load("ppo"), self.scorer()
-        test = self.ratings.filter(lambda row: row["split"] == "test")
-        pairs = rating_groups(test, config.pair_gap, config.eval_groups, config.reward_group_size, seed=0)
-        prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"][: config.eval_episodes]
+        pairs, prompts = self.test_pairs, self.test_prompts[: config.eval_episodes]
         env = self.env(prompts, scorer, sft, config.max_new_tokens)
         out: dict[str, Any] = {
             "model": self.about,

@@ -71,12 +71,17 @@ def compare(prompts: Sequence[str], before: Rollout, after: Rollout) -> dict[str
     return {
         "before": first,
         "after": last,
-        "score_gain_in_reference_stds": (last["score"] - first["score"]) / first["score_std"],
+        "score_gain_in_reference_stds": ratio(last["score"] - first["score"], first["score_std"]),
         "vader_gain": last["vader"] - first["vader"],
         "kl_per_response": last["kl"],
-        "distinct_2_ratio": last["distinct_2"] / first["distinct_2"],
+        "distinct_2_ratio": ratio(last["distinct_2"], first["distinct_2"]),
         "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in texts],
     }
+
+
+def ratio(one: float, other: float) -> float | None:
+    """One over the other; None where that is 0 (scores that are all alike, responses of one word)."""
+    return one / other if other else None
 
 
 def write_page(folder: Path, out: Mapping[str, Any]) -> str:

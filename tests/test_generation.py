@@ -1,8 +1,10 @@
 """Where a response ends: several end tokens, texts, a least length."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import textrl
 from textrl.agents import PPO
@@ -10,6 +12,8 @@ from textrl.drawing import Sampling, draw, within_top_p
 from textrl.envs.copy import Copy
 from textrl.generation import generate, stop_at
 from textrl.policy import CausalPolicy, small_model
+from textrl.rollout import batched_logprobs, collect_sampled
+from textrl.slots import cacheable
 
 TOKENIZER = textrl.symbol_tokenizer(["a", "b", "c", "ab", "bc"])
 PROMPTS = [np.array([0, i % 5]) for i in range(40)]
@@ -99,3 +103,46 @@ def test_top_k_of_all_tokens_but_one_leaves_that_one_out():
     tokens, logprobs = draw(logits, torch.linspace(0, 0.999, 50), Sampling(top_k=3))
     assert set(tokens.tolist()) == {1, 2, 3}
     torch.testing.assert_close(logprobs[0].exp(), torch.tensor(0.5 / 0.9))
+
+
+LOCAL = [[["global", "local"], 1]]
+SIZES = {"vocab_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ODD = {
+    "local attention": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=4, hidden_size=16, num_layers=2, num_heads=2, window_size=3, attention_types=LOCAL)
+    ),
+    "alibi": lambda: BloomForCausalLM(BloomConfig(vocab_size=4, hidden_size=16, n_layer=2, n_head=2)),
+    "longrope": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES, intermediate_size=16, max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            },
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_models_that_count_columns_are_read_anew(kind):
+    """Ragged rows, stepped: the log-probabilities are those of each text alone."""
+    torch.manual_seed(0)
+    model = ODD[kind]().eval()
+    assert not cacheable(model, 12)
+    task = gym.make(
+        "textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("abc"), prompts=["a", "abcabca"], max_new_tokens=4
+    ).unwrapped.task
+    envs = textrl.TextVectorEnv(task, 4, reference=model, kl_coef=0.1)
+    policy = CausalPolicy(model, 4)
+    before, _ = envs.reset(seed=0)
+    for actions in np.random.default_rng(0).integers(1, 4, size=(3, 4)):
+        after, _, _, _, infos = envs.step(actions)
+        for i, action in enumerate(actions.tolist()):
+            text = torch.from_numpy(before[i][before[i] != 4])[None]
+            with torch.no_grad():
+                logits = model(input_ids=text).logits[0, -1]
+            assert infos["ref_logprob"][i] == pytest.approx(float(logits.log_softmax(-1)[action]), abs=1e-5)
+        before = after
+    rollout = collect_sampled(envs, policy, 8, rng=np.random.default_rng(0), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(batched_logprobs(policy, rollout, 1000), rollout.logprobs, atol=1e-5, rtol=0)

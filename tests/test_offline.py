@@ -13,7 +13,7 @@ from datasets import Dataset
 import textrl
 from textrl.agents import BPO, DPO, SFT, BestOfN, ReST
 from textrl.agents.best_of_n import best_of_groups, kl_bound
-from textrl.agents.bpo import advantage_weights, best_of_each, truncated_importance_loss
+from textrl.agents.bpo import advantage_weights, best_of_each, truncated_advantages
 from textrl.agents.dpo import ipo_loss, sigmoid_loss
 from textrl.agents.rest import keep_weights
 from textrl.exact import evaluate_exact
@@ -196,15 +196,25 @@ def test_the_best_share_by_hand() -> None:
     assert best_of_each(returns, groups, 0.5).tolist() == [0, 1, 1, 1, 1, 0]  # ties stay
 
 
-def test_truncated_importance_loss_by_hand() -> None:
-    new, old = torch.tensor([-1.0, -2.0]).requires_grad_(), torch.tensor([-1.0, -2.0 - math.log(4)])
-    returns = torch.tensor([1.0, 4.0])
-    loss = truncated_importance_loss(new, old, returns, 2.0)
+def test_truncated_advantages_by_hand() -> None:
+    new, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0 - math.log(4)])
     baseline = (1 * 1 + 2 * 4) / 3  # ratios 1, and 4 cut to 2
-    assert float(loss.detach()) == pytest.approx(-(1 * (1 - baseline) * -1 + 2 * (4 - baseline) * -2) / 2, abs=1e-5)
-    loss.backward()
-    assert new.grad is not None
-    assert new.grad.tolist() == pytest.approx([-(1 - baseline) / 2, -(4 - baseline)], abs=1e-5)
+    found = truncated_advantages(new, old, torch.tensor([1.0, 4.0]), 2.0)
+    assert found.tolist() == pytest.approx([1 * (1 - baseline), 2 * (4 - baseline)], abs=1e-5)
+
+
+def test_tis_takes_the_same_step_however_its_batch_is_cut() -> None:
+    task = Weighted()
+    env = textrl.TextEnv(task, reference=small_model(4, 8, 1), kl_coef=0.1)
+    logged = OPTIMUM.drawn(env, small_model(4, 8, 2), 32, 0)
+    steps = []
+    for limit in (10_000, 40, 1):
+        settings = {"batch_size": 32, "learning_rate": 1e-2, "max_tokens_per_microbatch": limit, "device": "cpu"}
+        agent = BPO(env, small_model(4, 8, 1), dataset=logged, weighting="tis", **settings)
+        numbers = agent.update(agent.collect())
+        steps.append([numbers[f"train/{name}"] for name in ("loss", "grad_norm", "ratio", "truncated")])
+    assert steps[0][1] > 0.01
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4) and steps[2] == pytest.approx(steps[0], rel=1e-4)
 
 
 def test_the_filter_of_rest_by_hand() -> None:
@@ -231,6 +241,15 @@ def test_a_filter_of_rest_keeps_its_share(quantile: float, kl_coef: float) -> No
     assert float(weights.max()) <= 1
     order = returns[::2].argsort()
     assert bool((weights[::2][order].diff() >= 0).all())
+
+
+TIES = [([0.1, 0.1, *[1.0] * 6], 0.3), ([0.3] * 8, 0.3), ([-1.0] * 3 + [1.0] * 5, 0.3), ([0.9, *[0.3] * 7], 0.02)]
+
+
+@pytest.mark.parametrize(("returns", "kl_coef"), TIES)
+def test_a_quantile_of_0_keeps_all_whatever_rounding_says(returns: list[float], kl_coef: float) -> None:
+    found = keep_weights(torch.tensor(returns), torch.zeros(8, dtype=torch.int64), 0.0, kl_coef)
+    assert found.tolist() == pytest.approx([1.0] * 8)
 
 
 def test_a_rare_success_weighs_more_than_the_failures_that_are_the_quantile() -> None:

@@ -105,8 +105,11 @@ def test_a_group_holds_all_pairs_of_its_few_sentences() -> None:
         best = itertools.product(texts, texts)
         assert sorted(pairs) == sorted((a, b) for a, b in best if rows[a]["mean"] - rows[b]["mean"] >= 1.0)
         seen |= texts
-    with pytest.raises(ValueError, match=r"n is 99; with size 5 it must be from 1 to"):
-        rating_groups(ratings, 1.0, 99, 5)
+    assert rating_groups(ratings, 1.0, 99, 5).to_dict() == rating_groups(ratings, 1.0, None, 5).to_dict()
+    with pytest.raises(ValueError, match="size is 99; there are not so many sentences of one source"):
+        rating_groups(ratings, 1.0, 1, 99)
+    with pytest.raises(ValueError, match="gap is 9; no group has two sentences whose means are so far apart"):
+        rating_groups(ratings, 9, 1, 5)
     with pytest.raises(ValueError, match="gap must be above 0"):
         rating_groups(ratings, 0.0, 1, 5)
 

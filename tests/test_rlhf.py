@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import PreTrainedTokenizerFast as Fast
 
 from textrl import agents, cli, reward_training
+from textrl.agents.rlhf import RLHFConfig, _Run
+from textrl.agents.rlhf_report import ratio
 
 END = "<|endoftext|>"
 GOOD, BAD = ["fine", "lovely", "great", "superb"], ["dull", "awful", "weak", "boring"]
@@ -64,6 +67,42 @@ def start(place, *arguments):
     environment = {**os.environ, "TEXTRL_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "textrl.cli", "rlhf", "--model", str(place / "model"), *flags.split(), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--pair-gap 9", "pair_gap, reward_group_size and max_words must leave pairs of sentences: gap is 9.0;"),
+        ("--reward-group-size 5000", "must leave pairs of sentences: size is 5000; there are not so many sentences"),
+        ("--opening-words 60", "opening_words must leave openings of sentences: words is 60; no sentence has 3 more"),
+    ],
+)
+def test_settings_that_leave_nothing_to_learn_from_are_refused_at_once(
+    flags, said, place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TEXTRL_CACHE", str(place / "cache"))
+    run = tmp_path / "run"
+    assert cli.main(["rlhf", "--model", str(place / "model"), "--log-dir", str(run), *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "step 1" not in out and not run.exists()
+
+
+def test_a_run_longer_than_the_sentences_last_reads_them_again(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTRL_CACHE", str(place / "cache"))
+
+    def data(minutes):
+        run = _Run(RLHFConfig(model=str(place / "model"), log_dir=str(tmp_path / "run"), minutes=minutes))
+        shutil.rmtree(tmp_path / "run")
+        return run.reward_epochs, len(set(run.pairs["group"]))
+
+    once, most = data(2.0), data(100.0)
+    assert once == (1, 13)
+    assert most[1] > 13 and most[0] == round(650 / most[1]) > 1
+    assert data(200.0)[1] == most[1]
+
+
+def test_measures_that_cannot_be_compared_are_none():
+    assert ratio(1.0, 2.0) == 0.5 and ratio(0.3, 0.0) is None
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ def test_generation_samples_its_probabilities():
     task = Letters(prompts=("",), length=1)
     model = tabular_model(task, std=1.0)
     assert not cacheable(model, 5)
+
     assert head_of(model) is model.lm_head
     sampled = generate(
         CausalPolicy(model, 4), [np.array([0])] * 20_000, 1, [0], generator=torch.Generator().manual_seed(0)

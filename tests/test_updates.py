@@ -10,7 +10,7 @@ from test_agents import LOG4, Bigrams, environment, fixed_rollout, loss_of_first
 
 import textrl
 from textrl.agents import A2C, BPO, DPO, GRPO, NLPO, PPO, TRPO, ReST
-from textrl.agents.bpo import truncated_importance_loss
+from textrl.agents.bpo import truncated_advantages
 from textrl.agents.ppo import clipped_value_loss
 from textrl.agents.rest import keep_weights
 from textrl.critic import value_loss
@@ -44,7 +44,8 @@ def test_the_return_in_tis_is_that_of_the_policy_as_it_is_now():
     agent.update(rollout)
     now = torch.tensor([-2 * LOG4, -LOG4])  # the policy says every token alike
     returns = rollout.scores - 0.5 * (now - rollout.ref_logprobs.sum(1))
-    expected = truncated_importance_loss(now, rollout.logprobs.sum(1), returns, agent.config.max_ratio)
+    advantages = truncated_advantages(now, rollout.logprobs.sum(1), returns, agent.config.max_ratio)
+    expected = -(advantages * now).mean()
     assert not math.isclose(expected, 0)
     assert seen == [(pytest.approx(float(expected), abs=1e-5), "groups")]  # whole responses weigh the same
 

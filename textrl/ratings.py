@@ -93,7 +93,7 @@ def rating_pairs(ratings: Dataset, gap: float, n: int, seed: int = 0) -> Dataset
     return _pairs(ratings, order[better], order[worse])
 
 
-def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0) -> Dataset:
+def rating_groups(ratings: Dataset, gap: float, n: int | None, size: int, seed: int = 0) -> Dataset:
     """All pairs among a few sentences at a time: more comparisons for each sentence that is read.
 
     Each group holds `size` sentences of one source; no sentence comes twice. A group without a pair is left out.
@@ -101,7 +101,7 @@ def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0
     Args:
         ratings: rows of `load_ratings`.
         gap: least difference of the means, above 0.
-        n: number of groups.
+        n: number of groups; None, or more than there are: all.
         size: sentences in a group.
         seed: the same seed gives the same groups.
 
@@ -109,7 +109,7 @@ def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0
         The columns of `rating_pairs`, and group (int).
 
     Raises:
-        ValueError: `gap` is not positive, `size` is below 2, or there are fewer than `n` groups.
+        ValueError: `gap` is not positive, `size` is below 2, or there is no group or no pair.
     """
     if gap <= 0 or size < 2:
         raise ValueError(f"gap must be above 0 and size at least 2; got {gap} and {size}")
@@ -121,8 +121,9 @@ def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0
     for members in places.values():
         rng.shuffle(members)
         groups += [members[i : i + size] for i in range(0, len(members) - size + 1, size)]
-    if not 0 < n <= len(groups):
-        raise ValueError(f"n is {n}; with size {size} it must be from 1 to {len(groups)}, the number of groups")
+    if not groups:
+        raise ValueError(f"size is {size}; there are not so many sentences of one source")
+    n = len(groups) if n is None else min(n, len(groups))
     mean = np.asarray(ratings["mean"], dtype=np.float64)  # (N,)
     drawn = [
         (number, better, worse)
@@ -131,6 +132,8 @@ def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0
         for worse in members
         if mean[better] - mean[worse] >= gap - 1e-9
     ]
+    if not drawn:
+        raise ValueError(f"gap is {gap}; no group has two sentences whose means are so far apart")
     numbers, better, worse = (np.array(column) for column in zip(*drawn, strict=True))
     return _pairs(ratings, better, worse).add_column("group", numbers)
 
@@ -201,6 +204,8 @@ def openings(ratings: Dataset, words: int = 4, n: int | None = None, seed: int =
     """
     sentences = [text.split() for text in ratings["text"]]
     found = list(dict.fromkeys(" ".join(s[:words]) for s in sentences if len(s) >= words + 3))
+    if not found:
+        raise ValueError(f"words is {words}; no sentence has 3 more")
     n = len(found) if n is None else n
     if not 0 < n <= len(found):
         raise ValueError(f"n is {n}; it must be from 1 to {len(found)}, the number of openings there are")

@@ -195,10 +195,21 @@ def additive(mask: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def cacheable(model: PreTrainedModel, width: int) -> bool:
-    """Whether a model takes a KV cache of ours: plain full attention over at most `width` tokens."""
+    """Whether a model takes a KV cache of ours: plain full attention over at most `width` tokens.
+
+    Not one that counts places from the columns of a cache (local attention of GPT-Neo, ALiBi), nor one that turns all
+    keys in another way once a text is long (longrope, dynamic): our rows stand in columns that are not their places.
+    """
     if model.base_model is model or getattr(model, "_is_stateful", False):
         return False
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    config = model.config.get_text_config()
+    local = "local" in (getattr(config, "attention_layers", None) or ())
+    window = getattr(config, "window_size" if local else "sliding_window", None)
+    nested = getattr(config, "attn_config", None)  # of MPT
+    alibi = config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(nested, "alibi", False)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if alibi or rope.get("rope_type") in ("longrope", "dynamic"):
+        return False
     return model.config._attn_implementation in ("sdpa", "eager") and (window is None or window >= width)
 
 
