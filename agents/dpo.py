@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -31,7 +34,7 @@ from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.files import Rows, all_or_none, dataset_rows, number_of, text_of
 from textrl.offline import Epochs, encode_response, given_rollout, token_ids
 from textrl.policy import CausalPolicy
-from textrl.preferences import read_pairs
+from textrl.preferences import REFERENCE_COLUMNS, read_pairs
 from textrl.rollout import Rollout, batched_logprobs, microbatches
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIDES = ("chosen", "rejected")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 DEFAULT_BETA = 0.1
 FEWEST = 20
 """Fewer pairs than this are not held out: they could not tell."""
@@ -112,15 +114,19 @@ class DPO(Agent):
         self._reference: Tensor | None = None  # (N, 2), once it is known
         self._pairs: list[tuple[list[int], list[list[int]], list[float] | None]] = []
         if dataset is not None:
-            self._pairs = dataset_rows(dataset, self.read_dataset).each(self._encode)
+            pairs = dataset_rows(dataset, self.read_dataset).each(self._encode)
+            self._pairs = [pair for pair in pairs if pair[1][0] != pair[1][1]]
+            if len(self._pairs) < len(pairs):
+                what = f"whose chosen and rejected are the same {self.task.max_new_tokens} tokens at most"
+                warnings.warn(f"dropped {len(pairs) - len(self._pairs)} of {len(pairs)} pairs {what}", stacklevel=2)
             known = [reference for _, _, reference in self._pairs if reference is not None]
             all_or_none(len(known), len(self._pairs), f"the columns {list(REFERENCE_COLUMNS)}")
             self._reference = torch.tensor(known) if known else None
         self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
         self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
+        order, repeats = self._shuffled_pairs()
         held = round(self.config.held_out * len(self._pairs))
-        order = torch.randperm(len(self._pairs), generator=torch.Generator().manual_seed(self.config.seed))
-        held = held if held >= FEWEST else 0
+        held = int(repeats[repeats <= held].max(initial=0)) if held >= FEWEST else 0
         fine = not held or held < len(self._pairs)
         check(
             "held_out",
@@ -132,6 +138,18 @@ class DPO(Agent):
         self._epochs = Epochs(self.generator)
         self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
         self.best_loss = self.held_out_loss = math.inf
+
+    def _shuffled_pairs(self) -> tuple[Tensor, NDArray[np.int64]]:
+        """Random places of all pairs, the same two responses to a prompt next to each other; and where such end."""
+        members: dict[Any, list[int]] = {}
+        for i, (prompt, both, _) in enumerate(self._pairs):
+            members.setdefault((tuple(prompt), frozenset(map(tuple, both))), []).append(i)
+        every = list(members.values())
+        shuffled = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
+        order = [i for number in shuffled for i in every[number]]
+        return torch.tensor(order, dtype=torch.int64), np.cumsum(
+            [len(every[number]) for number in shuffled], dtype=np.int64
+        )
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
@@ -147,7 +165,9 @@ class DPO(Agent):
                 responses.append(encode_response(self.task, prompt, text_of(row, side))[1])
             else:
                 responses.append(token_ids(row, f"{side}_ids", self.task))
-        given = all(row.get(name) is not None for name in REFERENCE_COLUMNS)
+        known = [row.get(name) is not None for name in REFERENCE_COLUMNS]
+        given = all(known)
+        check("columns", list(REFERENCE_COLUMNS), given or not any(known), "given both or not at all")
         reference = [number_of(row, name) for name in REFERENCE_COLUMNS] if given else None
         return self.task.encode({"prompt": prompt}).tolist(), responses, reference
 

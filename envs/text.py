@@ -44,6 +44,8 @@ class Text(Task):
             address of an HTTP endpoint, asked as `textrl.RemoteScore` says.
         max_new_tokens: the horizon.
         max_prompt_tokens: default: the longest prompt there is.
+        special_tokens: whether special tokens written out in a prompt are meant as such: prompts made by
+            `tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)`.
         skip_bad_rows: leave rows of a file that cannot be used out, with a warning that lists them.
     """
 
@@ -55,6 +57,7 @@ class Text(Task):
         max_new_tokens: int = 24,
         max_prompt_tokens: int | None = None,
         skip_bad_rows: bool = False,
+        special_tokens: bool = False,
     ) -> None:
         if is_address(reward):
             reward = RemoteScore(str(reward))
@@ -70,6 +73,7 @@ class Text(Task):
             tokenizer=symbol_tokenizer(PRINTABLE) if tokenizer is None else tokenizer,
             max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens,
+            special_tokens=special_tokens,
         )
         self._prompts.each(self._check)
 

@@ -55,19 +55,7 @@ def test_train_then_evaluate(capsys, tmp_path):
 
 def test_an_agent_that_acts_in_a_way_of_its_own_is_scored_as_it_acts(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    none = ["--env-arg", "payoffs=[-1, -2]"]
-    flags = [
-        "--env",
-        "textrl/Bandit-v0",
-        *none,
-        "--batch-size",
-        "64",
-        "--n",
-        "8",
-        "--total-timesteps",
-        "100",
-        "--quiet",
-    ]
+    flags = ["--env", "textrl/Bandit-v0", "--batch-size", "64", "--n", "8", "--total-timesteps", "100", "--quiet"]
     assert run(capsys, "train", "bestofn", *flags, "--log-dir", folder)[0] == 0
     best = json.loads(run(capsys, "evaluate", folder, "--json")[1])
     agent = BestOfN.load(f"{folder}/final", gym.make_vec("textrl/Bandit-v0", num_envs=1), n=1)
@@ -85,8 +73,8 @@ def test_a_setting_of_several_numbers(capsys, tmp_path):
 
 def test_a_best_score_of_zero_has_no_share(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    none = ["--env-arg", "payoffs=[-1, -2]"]
-    flags = ["--env", "textrl/Bandit-v0", *none, "--batch-size", "8", "--total-timesteps", "10", "--quiet"]
+    flags = ["--env", "textrl/Bandit-v0", "--env-arg", "payoffs=[-1, -2]", "--batch-size", "8"]
+    flags += ["--total-timesteps", "10", "--quiet"]
     assert run(capsys, "train", "ppo", *flags, "--log-dir", folder)[0] == 0
     code, out, _ = run(capsys, "evaluate", folder, "--json")
     assert code == 0 and "share_of_best" not in json.loads(out)

@@ -329,18 +329,56 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     pairs = bradley_terry(env, ref, 300, 0)
     common: dict[str, Any] = {"batch_size": 32, "learning_rate": 3e-3, "device": "cpu"}
     agent = DPO(env, copy.deepcopy(ref).requires_grad_(True), dataset=pairs, held_out=0.1, **common)
-    assert sorted([*agent._held.tolist(), *agent._learned.tolist()]) == list(range(300)) and len(agent._held) == 30
+    size = len(agent._pairs)  # those that differ
+    assert sorted([*agent._held.tolist(), *agent._learned.tolist()]) == list(range(size))
+    assert 20 <= len(agent._held) <= round(0.1 * size)
     losses: list[float] = []
     agent.learn(12_000, callback=lambda _, numbers: losses.append(numbers["train/held_out_loss"]))
     assert len(losses) > 40 and min(losses) < losses[-1] - 0.01, "these few pairs are learned by heart"
     agent._look()
     assert agent.held_out_loss == pytest.approx(min(losses), abs=1e-5)
     everything = DPO(env, copy.deepcopy(ref), dataset=pairs, **common)
-    assert len(everything._learned) == 300
+    assert len(everything._learned) == size
     assert "train/held_out_loss" not in everything.update(everything.collect())
     assert (
         len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), held_out=0.1, **common)._held) == 0
     )  # too few to tell
+
+
+def test_pairs_held_out_are_none_of_those_learned_from() -> None:
+    rows = [{"prompt": "", "chosen": a, "rejected": b} for a in ("a", "ab", "c") for b in ("b", "bc", "cb")]
+    turned = [{"prompt": "", "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    agent = DPO(textrl.TextEnv(Weighted()), dataset=(rows + turned) * 12, held_out=0.2, device="cpu")
+
+    def pairs(indices: torch.Tensor) -> set[Any]:
+        return {frozenset(map(tuple, agent._pairs[i][1])) for i in indices.tolist()}
+
+    assert 20 <= len(agent._held) <= 0.2 * len(agent._pairs)
+    assert len(agent._held) + len(agent._learned) == len(agent._pairs)
+    assert not pairs(agent._held) & pairs(agent._learned)
+
+
+def test_pairs_that_the_horizon_makes_alike_are_dropped_with_a_warning() -> None:
+    rows = [{"prompt": "", "chosen": "abcabca", "rejected": "abcabcc"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
+    with pytest.warns(
+        UserWarning, match="dropped 1 of 2 pairs whose chosen and rejected are the same 4 tokens at most"
+    ):
+        assert len(DPO(textrl.TextEnv(Weighted()), dataset=rows, device="cpu")._pairs) == 1
+
+
+def test_a_csv_file_may_hold_the_references_numbers_and_token_ids(tmp_path: Any) -> None:
+    (tmp_path / "pairs.csv").write_text(
+        "prompt,chosen,rejected,chosen_ids,rejected_ids,ref_chosen_logps,ref_rejected_logps\n"
+        'a,b,c,"[2, 0]","[3, 0]",-1.5,-2\n'
+    )
+    agent = DPO(textrl.TextEnv(Weighted()), dataset=str(tmp_path / "pairs.csv"), device="cpu")
+    assert agent._pairs == [([0, 1], [[2, 0], [3, 0]], [-1.5, -2.0])]
+    half = [{"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0}]
+    with pytest.raises(ValueError, match="given both or not at all"):
+        DPO(textrl.TextEnv(Weighted()), dataset=half, device="cpu")
+    for ids, said in (([1, 0, 2], "must end where the end token stands"), ([True, 2], "token ids below 4")):
+        with pytest.raises(ValueError, match=said):
+            SFT(textrl.TextEnv(Weighted()), dataset=[{"prompt": "a", "completion_ids": ids}], device="cpu")
 
 
 def test_dpo_keeps_some_pairs_to_learn_from() -> None:

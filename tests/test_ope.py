@@ -14,7 +14,7 @@ from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact
-from textrl.ope import _q_and_v, estimators, ope, token_means
+from textrl.ope import _q_and_v, estimators, ope, token_means, weight_shares
 from textrl.policy import CausalPolicy, small_model
 from textrl.rollout import Rollout, collect_sampled
 from textrl.task import symbol_tokenizer
@@ -130,7 +130,7 @@ def test_estimators_by_hand() -> None:
     rewards = torch.tensor([[1.0, 2.0], [4.0, 0.0]]).double()
     weights = torch.tensor([[0.5, 2.0], [1.0, 1.0]]).double()
     q, v = torch.tensor([[1.0, 3.0], [2.0, 9.0]]).double(), torch.tensor([[2.0, 1.0], [1.0, 9.0]]).double()
-    found = {name: parts.tolist() for name, parts in estimators(rewards, weights, mask, q, v).items()}
+    found = {name: parts.tolist() for name, parts in estimators(rewards, weights.log(), mask, q, v).items()}
     assert found["is"] == [2.0 * 3.0, 1.0 * 4.0]
     assert np.mean(found["wis"]) == pytest.approx((2 * 3 + 1 * 4) / 3)
     assert found["pdis"] == [0.5 * 1 + 2 * 2, 4.0]
@@ -166,6 +166,18 @@ def test_episodes_that_hold_little_of_what_a_policy_says_cannot_tell() -> None:
     assert found.effective_sample_size > 30 and found.estimates["wis"].std_error < 0.1
     assert found.mean_weight.value < 0.5 and not found.covered and not found.can_tell
     assert ope(sample(env, other, 400, 0), other, env).mean_weight.value == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("shift", [-1.6, 1.6])
+def test_weights_too_small_or_large_to_be_numbers_are_still_compared(shift: float) -> None:
+    mask = torch.ones(40, 500, dtype=torch.bool)
+    noise = torch.randn(40, 500, generator=torch.Generator().manual_seed(0)).double() * 0.01
+    rewards = torch.zeros(40, 500).double()
+    rewards[:, -1] = torch.arange(40) / 40
+    q = torch.zeros_like(rewards)
+    plain = estimators(rewards, noise.cumsum(1), mask, q, q)["wis"]
+    torch.testing.assert_close(estimators(rewards, (noise + shift).cumsum(1), mask, q, q)["wis"], plain)
+    assert weight_shares(torch.full((3,), -2e30)).isnan().all()
 
 
 def test_what_is_missing_is_named() -> None:

@@ -136,3 +136,18 @@ def test_errors_name_row_and_column(rows: Any, message: str) -> None:
 def test_all_pairs_alike_is_an_error() -> None:
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="a pair whose chosen and rejected differ"):
         read_preferences([{"prompt": "a", "chosen": "x", "rejected": "x"}])
+
+
+def test_columns_of_other_formats_do_not_replace_what_was_read() -> None:
+    rows = [{"question": "q", "response_j": "good", "response_k": "bad", "chosen": "X", "note": 1}]
+    pairs = read_preferences(rows)
+    assert (pairs[0]["chosen"], pairs[0]["rejected"], pairs[0]["note"]) == ("good", "bad", 1)
+
+
+def test_a_turn_that_prompt_and_chats_share_is_said_once() -> None:
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "u"}
+    for prompt in ([system, user], [system]):
+        row = {"prompt": prompt}
+        for side in ("chosen", "rejected"):
+            row[side] = [user, {"role": "assistant", "content": side}]
+        assert read_preferences([row])[0]["prompt"] == "S\n\nHuman: u\n\nAssistant:"

@@ -2,13 +2,14 @@
 
 import copy
 
+import gymnasium as gym
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import textrl
-from textrl.agents import PPO
+from textrl.agents import DPO, PPO
 from textrl.offline import given_rollout
 from textrl.policy import small_model, value_model, values_at
 from textrl.rewards import RewardModel
@@ -111,3 +112,50 @@ def test_what_a_part_of_a_character_is_shown_as_is_not_shared():
     assert shared("ab\ufffd", "abéc") == 2
     assert shared("ab", "abc") == 2
     assert shared("", "abc") == 0
+
+
+CHAT = "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>{% endfor %}<start>assistant\n"
+
+
+def chat_tokenizer():
+    """Bytes, and special tokens for turns; the template writes no begin token."""
+    backend = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_what_a_chat_template_wrote_is_read_as_it_means_it(begin):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = begin + CHAT
+    messages = [{"role": "user", "content": "hi"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+    right = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    settings = {"tokenizer": tokenizer, "prompts": [prompt], "reward": lambda completions: [0.0] * len(completions)}
+    env = gym.make("textrl/Text-v0", **settings, special_tokens=True, max_new_tokens=8)
+    observation, _ = env.reset()
+    assert observation[observation != len(tokenizer)].tolist() == right
+    pairs = [{"prompt": prompt, "chosen": "<end>", "rejected": "no"}]
+    given, both, _ = DPO(env, dataset=pairs, device="cpu")._pairs[0]
+    assert given == right and both[0] == [
+        *tokenizer("<end>", split_special_tokens=True)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    scorer = RewardModel.from_language_model(small_model(len(tokenizer), 64), tokenizer, special_tokens=True)
+    bos = [tokenizer.bos_token_id]
+    assert scorer.encode([prompt + "yo"])[0] == [
+        *bos,
+        *right[len(begin) // 3 :],
+        *tokenizer("yo")["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    with pytest.warns(
+        UserWarning, match="prompts have special tokens written out .*, which are read as text; special_tokens"
+    ):
+        observation, _ = gym.make("textrl/Text-v0", **settings, max_new_tokens=8).reset()
+    assert (observation != len(tokenizer)).sum() > len(right) + 5

@@ -1,7 +1,8 @@
-"""Text to token ids and back, the way an environment wants it: special tokens are never read out of a text."""
+"""Text to token ids and back, the way an environment wants it: a text's special tokens are text unless asked for."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,33 +24,48 @@ class Codec:
 
     Args:
         tokenizer: a fast tokenizer.
+        special_tokens: whether special tokens that are written out in a prompt are read as such, as a chat template
+            means them; it is then taken as it is written, with a begin token or without.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens: bool = False) -> None:
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._symbols = symbols_of(tokenizer)
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._known: dict[str, NDArray[np.int64]] = {}
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
-        """The token ids of a prompt, the begin token first where there is one: (p,).
+        """The token ids of a prompt: (p,).
+
+        The begin token comes first where there is one, unless prompts write out their special tokens.
 
         Raises:
             ValueError: for a prompt without tokens, or text that the tokenizer does not know.
         """
         if (ids := self._known.get(prompt)) is not None:
             return ids
+        if not self._special_tokens and self._tokenizer.chat_template:
+            self._warn_of_special_tokens(prompt)
+        split = not self._special_tokens
         try:
-            tokens = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            tokens = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=split)["input_ids"]
         except Exception as error:
             raise ValueError(f"prompt has text that the tokenizer does not know: {shorten(prompt)} ({error})") from None
-        ids = np.array(self._bos + list(tokens), dtype=np.int64)
+        begin = [] if self._special_tokens and len(tokens) else self._bos
+        ids = np.array(begin + list(tokens), dtype=np.int64)
         if len(ids) == 0:
             raise ValueError("prompt is empty, and the tokenizer has no begin token to start from: give it some text")
         if len(self._known) >= REMEMBERED:
             self._known.clear()
         self._known[prompt] = ids
         return ids
+
+    def _warn_of_special_tokens(self, prompt: str) -> None:
+        """Says, once, that what a chat template wrote is about to be read as text."""
+        written = [token for token in self._tokenizer.all_special_tokens if token in prompt]
+        if written:
+            said = f"prompts have special tokens written out ({written[0]!r}), which are read as text"
+            warnings.warn(f"{said}; special_tokens=True reads what a chat template wrote as it means it", stacklevel=4)
 
     def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each response, without special tokens."""

@@ -9,6 +9,7 @@ of the dataset, under `textrl`, the KL coefficient, the temperature, the end tok
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -174,10 +175,12 @@ def _logged_row(task: Task, row: Mapping[str, Any], strict: bool) -> tuple[list[
     score = None if row.get("score") is None else number_of(row, "score")
     logprobs = row.get("logprobs")
     if logprobs is not None:
-        fine = isinstance(logprobs, (list, tuple)) and all(isinstance(x, (int, float)) and x <= 0 for x in logprobs)
+        fine = isinstance(logprobs, (list, tuple)) and all(
+            isinstance(x, (int, float)) and -math.inf < x <= 0 for x in logprobs
+        )
         if not fine or len(logprobs) != len(response):
             raise ValueError(
-                f"column 'logprobs' must be a list of {len(response)} numbers, none above 0, one a token;"
+                f"column 'logprobs' must be a list of {len(response)} finite numbers, none above 0, one a token;"
                 f" got {shorten(logprobs)}"
             )
     return response, score, logprobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def evaluate_logged(options: argparse.Namespace) -> None:
     if options.json:
         estimates = {name: vars(each) for name, each in found.estimates.items()}
         numbers = {**vars(found), "estimates": estimates, "mean_weight": vars(found.mean_weight)}
-        print(json.dumps({**numbers, "can_tell": found.can_tell}, indent=2))
+        print(json.dumps(_finite({**numbers, "can_tell": found.can_tell}), indent=2))
         return
     print(f"{'logged policy':<22} {found.logged:8.4f}")
     for name, each in found.estimates.items():
@@ -105,3 +106,10 @@ def evaluate_logged(options: argparse.Namespace) -> None:
         print("most of what is missing to 1 is what the policy says and no episode holds: this batch cannot tell")
     elif not found.can_tell:
         print("too few episodes count for these intervals to mean anything: this batch cannot tell")
+
+
+def _finite(value: Any) -> Any:
+    """The same numbers, None for those that JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     """A prompt and a response given as texts, as the token ids an episode would hold.
 
     They are tokenised together where that leaves the prompt's tokens as they are, so that the seam is as in running
-    text. Special-token strings are text.
+    text; not so after what a chat template wrote (`Task.special_tokens`). Special-token strings are text.
 
     Args:
         task: whose tokenizer and horizon hold.
@@ -40,8 +40,11 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
             raise ValueError(f"{what}: {shorten(completion)} ({error})") from None
 
     first = task.encode({"prompt": prompt}).tolist()
-    whole = first[: len(first) - len(ids(prompt))] + ids(prompt + completion)  # the begin token, then both
-    response = whole[len(first) :] if whole[: len(first)] == first else ids(completion)
+    if task.special_tokens:
+        response = ids(completion)
+    else:
+        whole = first[: len(first) - len(ids(prompt))] + ids(prompt + completion)  # the begin token, then both
+        response = whole[len(first) :] if whole[: len(first)] == first else ids(completion)
     if end_token:
         response = [*response, task.eos_token_id]
     if len(response) > task.max_new_tokens + end_token:
@@ -80,7 +83,9 @@ def token_ids(row: Mapping[str, Any], column: str, task: Task) -> list[int]:
         ValueError: for an empty list, one longer than the horizon, or what is not a token of the task.
     """
     ids = row[column]
-    fine = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and 0 <= i < task.vocab_size for i in ids)
+    fine = isinstance(ids, (list, tuple)) and all(type(i) is int and 0 <= i < task.vocab_size for i in ids)
+    if fine and task.eos_token_id in ids[:-1]:
+        raise ValueError(f"column {column!r} must end where the end token stands; got {shorten(ids)}")
     if not fine or not 0 < len(ids) <= task.max_new_tokens:
         raise ValueError(
             f"column {column!r} must be 1 to {task.max_new_tokens} token ids below {task.vocab_size};"

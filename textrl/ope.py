@@ -142,45 +142,52 @@ def ope(
         possible = mask if logged.allowed is None else mask & (new > NEVER / 2)  # the others have a weight of 0
         rewards -= torch.where(possible, base.kl_coef * (new - ref), 0.0)
         old_rewards -= base.kl_coef * (logged.logprobs.double() - ref) * mask
-    weights = ((new - logged.logprobs.double()) * mask).cumsum(1).exp()  # (B, T)
+    log_weights = ((new - logged.logprobs.double()) * mask).cumsum(1)  # (B, T)
     chosen, states = _q_and_v(policy, logged, rewards, q)
-    values = estimators(rewards, weights, mask, chosen, states)
+    values = estimators(rewards, log_weights, mask, chosen, states)
     spread = NormalDist().inv_cdf(0.5 + confidence / 2)
 
     def estimate(parts: Tensor) -> Estimate:
         value, error = float(parts.mean()), float(parts.std() / len(parts) ** 0.5)
         return Estimate(value, error, value - spread * error, value + spread * error)
 
-    whole = weights[:, -1]
+    shares = weight_shares(log_weights[:, -1])
     return OffPolicyEvaluation(
         {name: estimate(parts) for name, parts in values.items()},
-        float(whole.sum() ** 2 / (whole**2).sum()),
-        float(whole.max() / whole.sum()),
-        estimate(whole),
+        float(1 / (shares**2).sum()),
+        float(shares.max()),
+        estimate(log_weights[:, -1].exp()),
         len(logged),
         float(old_rewards.sum(1).mean()),
     )
 
 
-def estimators(rewards: Tensor, weights: Tensor, mask: Tensor, q: Tensor, v: Tensor) -> dict[str, Tensor]:
+def weight_shares(log_weights: Tensor) -> Tensor:
+    """w_i / sum w, (B,) -> (B,), though w itself be too small or too large to be a number; NaN where all w are 0."""
+    if float(log_weights.max()) < NEVER / 2:
+        return torch.full_like(log_weights, torch.nan)
+    return log_weights.softmax(0)
+
+
+def estimators(rewards: Tensor, log_weights: Tensor, mask: Tensor, q: Tensor, v: Tensor) -> dict[str, Tensor]:
     """The estimators, each as B numbers whose mean is the estimate.
 
-    For "wis" they are v + w_i (G_i - v) / mean w with v the estimate, whose deviations give the standard error by the
+    For "wis" they are u + w_i (G_i - u) / mean w with u the estimate, whose deviations give the standard error by the
     delta method.
 
     Args:
         rewards: (B, T).
-        weights: (B, T), w_t; past the end of a response its last.
+        log_weights: (B, T), log w_t; past the end of a response its last.
         mask: (B, T) bool.
         q: (B, T), Q of what was done.
         v: (B, T), V of where it was done.
     """
-    returns, whole = (rewards * mask).sum(1), weights[:, -1]
+    returns, weights, shares = (rewards * mask).sum(1), log_weights.exp(), weight_shares(log_weights[:, -1])
     before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], 1)
-    weighted = (whole * returns).sum() / whole.sum()
+    weighted = (shares * returns).sum()
     return {
-        "is": whole * returns,
-        "wis": weighted + whole * (returns - weighted) / whole.mean(),
+        "is": weights[:, -1] * returns,
+        "wis": weighted + len(shares) * shares * (returns - weighted),
         "pdis": (weights * rewards * mask).sum(1),
         "dr": ((weights * rewards - (weights * q - before * v)) * mask).sum(1),
     }

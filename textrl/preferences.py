@@ -29,7 +29,9 @@ _LABELLED = {  # two answers and a label: the columns, and which label says that
     ("human_ref_A", "human_ref_B", "labels"): 1,  # Stanford Human Preferences
     ("response_0", "response_1", "better_response_id"): 0,  # PKU-SafeRLHF
 }
-_NUMBERS = tuple(label for *_, label in _LABELLED)
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""What the reference says of the two responses, where a file brings it along."""
+_NUMBERS = (*(label for *_, label in _LABELLED), *REFERENCE_COLUMNS, "chosen_ids", "rejected_ids")
 _SOURCES = f"data must be {FILE_OF_ROWS}, a folder that save_to_disk wrote, or the name of a hub dataset in reach"
 
 
@@ -62,7 +64,8 @@ def read_preferences(
     Args:
         data: a dataset, rows, a JSON (lines), CSV or Parquet file, a folder that `Dataset.save_to_disk` wrote, or the
             hub name of a dataset.
-        tokenizer: its chat template turns messages into text; without one they become HH dialogues.
+        tokenizer: its chat template turns messages into text, which a task and a reward model read right with their
+            `special_tokens=True`; without one they become HH dialogues.
         split: which part of a folder or hub dataset.
         drop_duplicates: keep only the first of rows with the same three texts.
         skip_bad_rows: leave rows with a fault out; a `textrl.files.SkippedRows` warning counts and lists them.
@@ -120,7 +123,7 @@ def read_pairs(
     others = [{key: value for key, value in row.items() if key not in used} for row in table]
     texts = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
     places = [table.places[i] for i in keep]
-    return Rows([texts[i] | others[i] for i in keep], places, table.source, skip_bad_rows, table.strict)
+    return Rows([others[i] | texts[i] for i in keep], places, table.source, skip_bad_rows, table.strict)
 
 
 def count_duplicates(pairs: Dataset) -> int:
@@ -274,7 +277,8 @@ def _chat(
     before: Messages = chosen[:shared]
     if isinstance(prompt, list):
         opening = _messages("prompt", prompt)
-        before = before if before[: len(opening)] == opening else [*opening, *before]
+        said = next(n for n in range(len(opening), -1, -1) if opening[len(opening) - n :] == before[:n])  # twice
+        before = [*opening, *before[said:]]
     elif isinstance(prompt, str) and not any(m["role"] == "user" for m in before):
         check_text("column 'prompt'", prompt)
         before = [*before, {"role": "user", "content": prompt}]

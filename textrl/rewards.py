@@ -38,6 +38,8 @@ class RewardModel:
         tokenizer: its own tokenizer.
         max_length: longer texts lose their beginning.
         tokens_at_once: bound on the tokens (padding too) of one forward.
+        special_tokens: whether special tokens written out in a text are special tokens, as a chat template means them,
+            and not text.
 
     Attributes:
         mean, std: scores are (scalar - mean) / std.
@@ -50,6 +52,7 @@ class RewardModel:
         *,
         max_length: int = 512,
         tokens_at_once: int = 4096,
+        special_tokens: bool = False,
     ) -> None:
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "score") or labels != 1:
@@ -61,7 +64,7 @@ class RewardModel:
             check(name, value, is_count(value) and value >= least, f"a whole number of at least {least}")
         self.model = without_dropout(model)
         self.tokenizer = tokenizer
-        self.max_length, self.tokens_at_once = max_length, tokens_at_once
+        self.max_length, self.tokens_at_once, self.special_tokens = max_length, tokens_at_once, special_tokens
         self.mean = float(getattr(model.config, "score_mean", 0.0))
         self.std = float(getattr(model.config, "score_std", 1.0))
 
@@ -106,11 +109,14 @@ class RewardModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with the begin and the end token."""
+        split = not self.special_tokens
         try:
-            plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split)["input_ids"]
         except Exception as error:  # a toy vocabulary's tokenizer raises nothing more special
             raise ValueError(f"text has what the tokenizer does not know ({error}); got {shorten(texts)}") from None
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        if self.special_tokens:  # a chat template writes it where it should be
+            plain = [ids[len(begin) :] if begin and ids[:1] == begin else ids for ids in plain]
         room = self.max_length - len(begin) - 1
         return [[*begin, *ids[-room:], self.tokenizer.eos_token_id] for ids in plain]
 

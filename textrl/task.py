@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .asking import Asking, ask
 from .codec import Codec
-from .config import check, is_count
+from .config import check, check_type, is_count
 from .scores import Scores
 from .scores import call_score as call_score
 from .scores import shorten as shorten
@@ -38,6 +38,9 @@ class Task:
         max_new_tokens: T, the horizon: the longest response in tokens, the end token counted.
         max_prompt_tokens: P, the longest prompt in tokens, the begin token counted. Default: the longest of
             `prompts()`, or 64 for a task that only samples.
+        special_tokens: whether special tokens written out in a prompt are special tokens, as
+            `tokenizer.apply_chat_template(messages, tokenize=False)` means them, and not text; a prompt is then taken
+            as it is written, and no begin token is put before it unless it is empty.
 
     Raises:
         ValueError: for a horizon below 1 or a tokenizer without an end token.
@@ -55,6 +58,7 @@ class Task:
         tokenizer: PreTrainedTokenizerFast,
         max_new_tokens: int,
         max_prompt_tokens: int | None = None,
+        special_tokens: bool = False,
     ) -> None:
         check("max_new_tokens", max_new_tokens, is_count(max_new_tokens), "a whole number of at least 1")
         limit = max_prompt_tokens
@@ -71,7 +75,9 @@ class Task:
         self.token_scores: bool | None = None
         """Whether `score` gives a list per text; None until a score has been seen."""
         self.asking = Asking()  # how `score` is asked: how long it may take, and what happens when it fails
-        self._codec = Codec(tokenizer)
+        check_type("special_tokens", special_tokens, "bool")
+        self.special_tokens = special_tokens
+        self._codec = Codec(tokenizer, special_tokens)
         self._rows: list[Row] | None = None
         self._max_prompt_tokens = self._prompt_limit = max_prompt_tokens
 
@@ -191,7 +197,7 @@ class Task:
     def encode(self, row: Row, *, any_length: bool = False) -> NDArray[np.int64]:
         """The token ids of a row's prompt, the begin token first: (p,) with 1 <= p <= P.
 
-        Special-token strings inside a prompt are text, not special tokens.
+        Special-token strings inside a prompt are text, not special tokens, unless `special_tokens` says so.
 
         Args:
             row: of the task.
