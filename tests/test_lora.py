@@ -228,3 +228,18 @@ def test_the_exact_answer_takes_a_peft_model(tmp_path):
     ]
     assert found[0].kl > 0
     assert found[0].objective == pytest.approx(found[1].objective, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [lambda: small_model(4, 8), llama], ids=["gpt2", "llama"])
+def test_a_reward_model_is_made_of_a_model_with_an_adapter(make):
+    settings = {"dataset": [{"prompt": "a", "completion": "bb"}], "peft_config": lora(fan_in_fan_out=False)}
+    agent = SFT(environment(None, 0.0), make(), learning_rate=1e-2, batch_size=4, device="cpu", **settings).learn(100)
+    scorer = RewardModel.from_language_model(agent.model, agent.tokenizer)
+    assert not has_adapter(scorer.model)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    with torch.no_grad():
+        found = scorer.model.base_model(input_ids=tokens).last_hidden_state
+        expected = agent.model.base_model(input_ids=tokens).last_hidden_state
+        plain = make().base_model(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, plain, atol=1e-3)

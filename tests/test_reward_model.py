@@ -7,7 +7,7 @@ from datasets import Dataset
 import textrl
 from textrl.policy import small_model
 from textrl.reward_training import _Training
-from textrl.rewards import RewardModel, RewardModelConfig
+from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 
 
 def test_the_learning_rate_falls_by_equal_steps():
@@ -40,3 +40,28 @@ def test_a_text_that_is_too_long_loses_its_beginning():
 def test_a_tie_counts_half():
     model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
     assert model.accuracy(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}])) == 0.5
+
+
+def test_what_a_reward_model_reads_is_saved_with_it(tmp_path):
+    tokenizer = textrl.symbol_tokenizer("abc")
+    model = RewardModel.from_language_model(small_model(4, 16), tokenizer, max_length=7, special_tokens=True)
+    model.save(tmp_path / "model")
+    again = RewardModel.load(tmp_path / "model")
+    assert (again.max_length, again.special_tokens) == (7, True)
+    assert RewardModel.load(tmp_path / "model", max_length=9).max_length == 9
+    capped = RewardModel.from_language_model(small_model(4, 16), tokenizer)
+    assert capped.max_length == 16
+    assert capped(["abc" * 20], ["b"]) == capped(["abc" * 30], ["b"])
+
+
+def test_a_training_does_not_go_on_with_the_checkpoints_of_another(tmp_path):
+    tokenizer = textrl.symbol_tokenizer("abc")
+    rows = [{"prompt": "", "chosen": "a" * (i % 3 + 1), "rejected": "b"} for i in range(32)]
+    pairs = Dataset.from_list(rows)
+    options = {"log_dir": tmp_path / "run", "checkpoint_every": 8}
+    first = RewardModel.from_language_model(small_model(4, 16), tokenizer)
+    train_reward_model(first, pairs, RewardModelConfig(batch_size=8), **options)
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    second = RewardModel.from_language_model(small_model(4, 16, 1), tokenizer)
+    train_reward_model(second, pairs.select(range(8)), RewardModelConfig(batch_size=8), **options)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000000008"] != kept

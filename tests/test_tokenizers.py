@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import textrl
+import textrl.wrappers
 from textrl.agents import DPO, PPO
 from textrl.offline import given_rollout
 from textrl.policy import small_model, value_model, values_at
@@ -159,3 +160,40 @@ def test_what_a_chat_template_wrote_is_read_as_it_means_it(begin):
     ):
         observation, _ = gym.make("textrl/Text-v0", **settings, max_new_tokens=8).reset()
     assert (observation != len(tokenizer)).sum() > len(right) + 5
+
+
+def spaced_tokenizer():
+    """As SentencePiece's: a word's space is the beginning of its token, and a text that is decoded loses the first."""
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "\u2581the",
+        "\u2581movie",
+        "\u2581was",
+        "\u2581good",
+        "s",
+        "\u2581a",
+        "\u2581",
+        *"themovigwasd",
+    ]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_response_keeps_the_space_that_it_begins_with():
+    tokenizer, seen = spaced_tokenizer(), []
+
+    def reward(prompts, completions):
+        seen.extend(p + c for p, c in zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    env = gym.make("textrl/Text-v0", tokenizer=tokenizer, prompts=["the movie"], reward=reward, max_new_tokens=3)
+    for actions, text in (((5, 6, 1), "the movie was good"), ((7, 5, 6), "the movies was good"), ((1,), "the movie")):
+        env.reset()
+        for action in actions:
+            _, _, ended, _, info = env.step(action)
+        assert ended and info["text"] == seen[-1] == text
+    assert env.unwrapped.task.decode([[3, 4, 5]], alone=True) == ["the movie was"]
+    assert textrl.wrappers.TextObservation(env).reset()[0] == "the movie"

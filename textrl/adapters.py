@@ -77,6 +77,21 @@ def base_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
+def merged_weights(trunk: nn.Module) -> dict[str, Tensor]:
+    """The state of a trunk with adapter layers as one without: each base weight with what its adapter adds to it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: module for name, module in trunk.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in layers)
+    merged = {name: value.clone() for name, value in trunk.state_dict().items() if not name.startswith(inside)}
+    for name, layer in layers.items():
+        state = layer.get_base_layer().state_dict()
+        merged.update({f"{name}.{key}": value.clone() for key, value in state.items()})
+        for adapter in layer.active_adapters:
+            merged[f"{name}.weight"] += layer.get_delta_weight(adapter).to(merged[f"{name}.weight"])
+    return merged
+
+
 # ---- one copy of the weights -----------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ class Codec:
         self._symbols = symbols_of(tokenizer)
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._known: dict[str, NDArray[np.int64]] = {}
+        self._before = [] if self._symbols is not None else self._needed_before()
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
         """The token ids of a prompt: (p,).
@@ -67,11 +68,28 @@ class Codec:
             said = f"prompts have special tokens written out ({written[0]!r}), which are read as text"
             warnings.warn(f"{said}; special_tokens=True reads what a chat template wrote as it means it", stacklevel=4)
 
-    def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each response, without special tokens."""
+    def decode(self, completion_ids: Sequence[Sequence[int]], alone: bool = False) -> list[str]:
+        """The text of each response as it stands after a prompt (`alone`: at the start of a text)."""
         responses = completion_ids.tolist() if isinstance(completion_ids, np.ndarray) else completion_ids
         if self._symbols is not None:
             symbol = self._symbols.__getitem__
             return ["".join(map(symbol, response)) for response in responses]
-        backend = self._tokenizer.backend_tokenizer
-        return list(backend.decode_batch([list(response) for response in responses], skip_special_tokens=True))
+        before = [] if alone else self._before
+        return [text[len(before) :] for text in self._decoded([[*before, *response] for response in responses])]
+
+    def _decoded(self, ids: list[list[int]]) -> list[str]:
+        return list(self._tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True))
+
+    def _needed_before(self) -> list[int]:
+        """A letter's token to decode a response after, where the first token of a text loses its space; else none.
+
+        SentencePiece and WordPiece are so: "the movie" and the tokens of " was" would become "the moviewas".
+        """
+        for letter in "aexo1":
+            try:
+                ids = list(self._tokenizer(letter, add_special_tokens=False)["input_ids"])
+            except Exception:  # a vocabulary without this letter
+                continue
+            if ids and self._decoded([ids[-1:]]) == [letter]:
+                return [] if self._decoded([ids[-1:] * 2]) == [2 * letter] else ids[-1:]
+        return []

@@ -76,7 +76,7 @@ def round_trip(patient: Patient) -> str:
     task, tokenizer = patient.task, patient.agent.tokenizer
     for text in [*(row["prompt"] for row in patient.rows), *patient.rollout.completions]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        back = task.decode([ids])[0]
+        back = task.decode([ids], alone=True)[0]
         if back != text:
             raise Fault(
                 f"{shorten(text)} comes back from the tokenizer as {shorten(back)}",

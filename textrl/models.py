@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .adapters import CONFIG, load_adapted, plain_module
+from .adapters import CONFIG, has_adapter, load_adapted, merged_weights, plain_module
 from .config import check
 from .flat import flat_of
 from .hub import check_source
@@ -246,7 +246,8 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     `save_pretrained` and `from_pretrained`.
 
     Args:
-        model: a causal language model, or such a scalar model itself; its trunk's weights are copied.
+        model: a causal language model, or such a scalar model itself; its trunk's weights are copied, with what an
+            adapter adds to them.
         seed: of the head's weights.
         std: their standard deviation; 0 starts every value at zero.
     """
@@ -257,7 +258,8 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     with torch.random.fork_rng(devices=[]):
         scalar = AutoModelForSequenceClassification.from_config(config)
-    scalar.base_model.load_state_dict(model.base_model.state_dict())
+    trunk = model.base_model
+    scalar.base_model.load_state_dict(merged_weights(trunk) if has_adapter(model) else trunk.state_dict())
     scalar = without_dropout(scalar).to(device=model.device, dtype=model.dtype)
     weight = scalar.score.weight
     generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,8 @@ def train_reward_model(
     saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
     if resume and saved is not None:
         saved.go_on(training.restore)
+    elif saved is not None:
+        saved.clear()  # those of a training that was here before
     now = training.now
     now.next = now.next or (checkpoint_every or 0)
     log = RunLog(

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .checkpoint import verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
 from .hub import check_source
+from .models import longest_text
 from .policy import alike, load_scalar, value_model, values_at, without_dropout
 from .reward_training import RewardModelConfig as RewardModelConfig
 from .reward_training import preference_loss as preference_loss
@@ -36,7 +37,7 @@ class RewardModel:
     Args:
         model: an `AutoModelForSequenceClassification` with one label.
         tokenizer: its own tokenizer.
-        max_length: longer texts lose their beginning.
+        max_length: longer texts lose their beginning; at most what the model reads.
         tokens_at_once: bound on the tokens (padding too) of one forward.
         special_tokens: whether special tokens written out in a text are special tokens, as a chat template means them,
             and not text.
@@ -64,7 +65,8 @@ class RewardModel:
             check(name, value, is_count(value) and value >= least, f"a whole number of at least {least}")
         self.model = without_dropout(model)
         self.tokenizer = tokenizer
-        self.max_length, self.tokens_at_once, self.special_tokens = max_length, tokens_at_once, special_tokens
+        self.max_length, self.tokens_at_once = min(max_length, longest_text(model)), tokens_at_once
+        self.special_tokens = special_tokens
         self.mean = float(getattr(model.config, "score_mean", 0.0))
         self.std = float(getattr(model.config, "score_std", 1.0))
 
@@ -91,11 +93,13 @@ class RewardModel:
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"folder {str(folder)!r} holds no reward model ({first})") from None
-        return cls(model, tokenizer, **options)
+        return cls(model, tokenizer, **{**getattr(model.config, "score_options", {}), **options})
 
     def save(self, folder: str | Path) -> None:
         """Writes model, tokenizer and normalisation; loadable with `from_pretrained`."""
-        self.model.config.score_mean, self.model.config.score_std = self.mean, self.std
+        config = self.model.config
+        config.score_mean, config.score_std = self.mean, self.std
+        config.score_options = {"max_length": self.max_length, "special_tokens": self.special_tokens}
         with whole_folder(Path(folder), "config.json") as part:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)

@@ -92,8 +92,8 @@ class _Episode:
                 self.fault = said or f"score failed for {about(infos['prompt'][i], self.completion)}"
         else:
             self.score = sum(self.rewards)
-            prompt, self.completion = task.decode([self.prompt.tolist(), self.actions])
-            self.row = {"prompt": prompt}
+            self.completion = task.decode([self.actions])[0]
+            self.row = {"prompt": task.decode([self.prompt.tolist()], alone=True)[0]}
 
 
 def collect_stepped(

@@ -214,9 +214,9 @@ class Task:
             )
         return ids
 
-    def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each response, without special tokens."""
-        return self._codec.decode(completion_ids)
+    def decode(self, completion_ids: Sequence[Sequence[int]], *, alone: bool = False) -> list[str]:
+        """The text of each response, without special tokens, as it stands after a prompt or `alone`."""
+        return self._codec.decode(completion_ids, alone)
 
     def evaluate(
         self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]], completions: list[str] | None = None

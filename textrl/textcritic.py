@@ -59,7 +59,7 @@ class TextCritic:
         if key not in self._known:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            *before, whole = self.task.decode([ids[:end] for end in range(start, len(ids) + 1)])
+            *before, whole = self.task.decode([ids[:end] for end in range(start, len(ids) + 1)], alone=True)
             said = self.tokenizer(
                 whole, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
             )

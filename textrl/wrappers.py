@@ -57,7 +57,7 @@ class TextObservation(gym.ObservationWrapper[str, Any, NDArray[np.int64]], Recor
 
     def observation(self, observation: NDArray[np.int64]) -> str:
         """Token ids (L,) -> text without special tokens."""
-        text = self.task.decode([observation[observation != self.task.vocab_size].tolist()])[0]
+        text = self.task.decode([observation[observation != self.task.vocab_size].tolist()], alone=True)[0]
         return "".join(c if c in self._known else UNKNOWN for c in text)
 
 
