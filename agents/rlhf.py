@@ -261,6 +261,7 @@ class _Run:
         env = self.env(prompts, scorer, sft, config.max_new_tokens)
         out: dict[str, Any] = {
             "model": self.about,
+            "openings": len(prompts),
             "reward_model": {
                 "pair_gap": config.pair_gap,
                 "pairs": len(pairs),

@@ -153,7 +153,7 @@ def compared(out: Mapping[str, Any]) -> list[Section]:
     return [
         Section(
             "Before and after",
-            f"{len(samples)} of {out['config']['eval_episodes']} openings of reviews that no step has seen; the same"
+            f"{len(samples)} of {out['openings']} openings of reviews that no step has seen; the same"
             " random numbers before and after.",
             ("opening", "SFT model", "after PPO"),
             samples,

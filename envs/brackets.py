@@ -70,6 +70,8 @@ class Brackets(Task):
             stack[each[change > 0], depth[change > 0]] = kind[change > 0]
             depth = np.where(broken, 0, depth + change)
         room = self.max_new_tokens - (responses != self.vocab_size).sum(1)
+        broken |= depth > room
+        depth = np.where(broken, 0, depth)
         top = stack[each, depth - 1]
         allowed = np.zeros((len(tokens), self.vocab_size), dtype=np.bool_)
         allowed[:, 0] = depth == 0

@@ -10,6 +10,7 @@ import pytest
 from textrl import cli
 from textrl.agents import BestOfN
 from textrl.flags import agent_classes
+from textrl.policy import small_model
 from textrl.registration import registered
 
 
@@ -243,3 +244,33 @@ def test_the_name_of_a_run_cannot_write_to_the_terminal(capsys, tmp_path):
         assert (code, err) == (0, "")
         assert r"run\x1b[31m" in out
         assert not {"\x1b", "\u202e"} & set(out)
+
+
+def test_an_environment_keeps_the_reference_that_it_was_registered_with(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    small_model(4, 16).save_pretrained(tmp_path / "M")
+    (tmp_path / "penalised.py").write_text(
+        "import textrl\n"
+        "from textrl.envs.copy import Copy\n"
+        f"textrl.register('test/Penalised-v0', Copy, reference={str(tmp_path / 'M')!r}, kl_coef=0.5)\n"
+    )
+    (tmp_path / "broken.py").write_text("nothing\n")
+    flags = ["--env", "penalised:test/Penalised-v0", "--batch-size", "8", "--quiet", "--total-timesteps"]
+    assert run(capsys, "train", "reinforce", *flags, "40", "--log-dir", "run")[0] == 0
+    assert "rollout/kl_reference" in (tmp_path / "run/progress.csv").read_text()
+    assert json.loads((tmp_path / "run/final/agent.json").read_text())["kl_coef"] == 0.5
+    assert run(capsys, "train", "reinforce", *flags, "40", "--kl-coef", "0.1", "--log-dir", "other")[0] == 0
+    assert json.loads((tmp_path / "other/final/agent.json").read_text())["kl_coef"] == 0.1
+    assert "no reference" not in run(capsys, "doctor", "penalised:test/Penalised-v0")[1]
+    code, _, err = run(capsys, "train", "reinforce", "--env", "broken:test/Broken-v0")
+    assert code == 2 and "env 'broken:test/Broken-v0' cannot be imported: NameError: name 'nothing'" in err
+    assert "test/Penalised-v0" in run(capsys, "envs")[1]
+
+
+def test_one_episode_has_no_standard_error(capsys, tmp_path):
+    flags = ["--total-timesteps", "20", "--log-dir", str(tmp_path / "run"), "--quiet"]
+    assert run(capsys, "train", "reinforce", *COPY, *flags)[0] == 0
+    for episodes, known in (("1", False), ("2", True)):
+        out = json.loads(run(capsys, "evaluate", str(tmp_path / "run"), "--episodes", episodes, "--json")[1])
+        assert ("score_standard_error" in out) == known

@@ -217,3 +217,18 @@ OTHERS = [
 def test_the_best_score_with_other_arguments_is_the_exact_one(name, arguments):
     task = task_class(registered()[f"textrl/{name}-v0"])(**arguments)
     assert textrl.solve(task).score == pytest.approx(task.best_score, abs=1e-9)
+
+
+def test_brackets_that_cannot_be_closed_any_more_leave_only_the_end():
+    env = gym.make("textrl/Brackets-v0")
+    env.reset(options={"prompt": "(("})
+    for _ in range(4):
+        _, _, _, _, info = env.step(1)
+    assert info["action_mask"].tolist() == [1, 0, 0, 0, 0]  # six are open, two tokens are left
+
+
+def test_the_ids_of_a_prompt_are_the_callers_own():
+    task = gym.make("textrl/Copy-v0").unwrapped.task
+    for _ in range(2):
+        task.encode({"prompt": "abc"})[1] = 3
+    assert task.encode({"prompt": "abc"}).tolist() == [0, 1, 2, 3]

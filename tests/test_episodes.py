@@ -14,6 +14,7 @@ minari = pytest.importorskip("minari")
 
 import textrl  # noqa: E402
 from textrl.collecting import collect  # noqa: E402
+from textrl.envs.copy import Copy  # noqa: E402
 from textrl.episodes import as_episodes, open_dataset, read_episodes  # noqa: E402
 from textrl.policy import CausalPolicy, small_model  # noqa: E402
 from textrl.rollout import Rollout, batched_logprobs, collect_sampled  # noqa: E402
@@ -180,3 +181,19 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match="dataset row 0, column 'prompt' is missing"):
         as_episodes([{"completion": "a"}], env.task, torch.device("cpu"))
+
+
+def test_a_collection_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def score(self: Any, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return [0.0] * len(prompts)
+
+    monkeypatch.setattr(Copy, "score", score)
+    env = textrl.TextEnv(Copy())
+    with pytest.raises(KeyboardInterrupt):
+        textrl.collect(env, small_model(4, 8), 600, tmp_path / "logged")
+    assert len(calls) == 2 and not (tmp_path / "logged").exists()

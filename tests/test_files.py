@@ -266,7 +266,7 @@ LEARNERS = [
     (BPO, EXAMPLE, {"prompt": " "}, "column 'prompt' must be a text that is not empty"),
     (BPO, EXAMPLE | {"score": 1.0}, {"score": "high"}, "column 'score' must be a finite number; got 'high'"),
     (BPO, EXAMPLE | {"completion_ids": [1]}, {"completion_ids": [9]}, "column 'completion_ids' must be 1 to 4 token"),
-    (BPO, EXAMPLE | {"logprobs": [-1.0] * 3}, {"logprobs": [-1.0]}, "'logprobs' must be a list of 3 numbers"),
+    (BPO, EXAMPLE | {"logprobs": [-1.0] * 3}, {"logprobs": [-1.0]}, "'logprobs' must be a list of 3 finite numbers"),
 ]
 
 

@@ -55,12 +55,20 @@ class Handler(BaseHTTPRequestHandler):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data) + (100 if more == ["cut"] else 0)))
+        if status == 302:
+            self.send_header("Location", self.server.url)
         if status == 429:
             self.send_header("Retry-After", "0.01")
         self.end_headers()
         self.wfile.write(data)
         if more == ["cut"]:
             self.close_connection = True
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"[7.0]")
 
     def log_message(self, *arguments):
         pass
@@ -226,3 +234,9 @@ def test_addresses_and_copies():
     assert not any(map(is_address, wrong))
     again = pickle.loads(pickle.dumps(textrl.RemoteScore(right[0], concurrency=2)))
     assert again.url == right[0]
+
+
+def test_a_redirect_is_not_followed_without_the_texts(serve):
+    server = serve(lambda number, body: (302, []))
+    with pytest.raises(RemoteError, match="answered HTTP 302"):
+        textrl.RemoteScore(server.url, retries=0)(["a"], ["b"])

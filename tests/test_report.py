@@ -259,6 +259,7 @@ def rlhf(tmp_path):
     figures = {name: 0.125 for name in MEASURES}
     out = {
         "model": "a model: 1M parameters",
+        "openings": 16,
         "reward_model": {"pair_gap": 1.0, "pairs": 12, "accuracy": 0.75, "human_ceiling": 0.875},
         "before": figures,
         "after": {**figures, "score": 1.5},

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textrl
-from textrl.policy import small_model
+from textrl.policy import load_model, small_model
 from textrl.reward_training import _Training
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 
@@ -65,3 +66,26 @@ def test_a_training_does_not_go_on_with_the_checkpoints_of_another(tmp_path):
     second = RewardModel.from_language_model(small_model(4, 16, 1), tokenizer)
     train_reward_model(second, pairs.select(range(8)), RewardModelConfig(batch_size=8), **options)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000000008"] != kept
+
+
+def test_a_folder_of_something_else_is_neither_read_nor_written_over(tmp_path):
+    tokenizer = textrl.symbol_tokenizer("abc")
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match=r"lm' has no weights for score.weight: it is a model of another kind"):
+        RewardModel.load(tmp_path / "lm")
+    scorer = RewardModel.from_language_model(LlamaForCausalLM(config), tokenizer)
+    scorer.save(tmp_path / "scorer")
+    with pytest.raises(ValueError, match=r"scorer' has no weights for lm_head.weight: it is a model of another kind"):
+        load_model(tmp_path / "scorer")
+    with pytest.raises(ValueError, match=r"folder must be empty, new, or hold agent.json"):
+        scorer.save(tmp_path / "lm")
+    scorer.save(tmp_path / "scorer")
+    config.num_labels = 2
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="holds no reward model"):
+        RewardModel.load(tmp_path / "two")

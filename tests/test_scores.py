@@ -9,6 +9,7 @@ import warnings
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -308,3 +309,20 @@ def test_a_column_that_some_rows_lack_is_given_whatever_the_order():
 def test_a_column_cannot_take_the_place_of_what_was_said(name):
     with pytest.raises(ValueError, match=f"a row must have no column '{name}', which is what a score is given"):
         text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", name: "bb"}]).reset()
+
+
+def test_a_score_that_edits_its_token_ids_changes_nothing():
+    def reward(completions, completion_ids):
+        for ids in completion_ids:
+            ids.clear()
+        return [0.0] * len(completions)
+
+    env = text_env(reward)
+    env.reset()
+    assert env.step(0)[-1]["finish_reason"] == "stop"
+
+
+def test_prompts_of_pandas_are_refused():
+    table = pd.DataFrame({"prompt": ["a", "b"]})
+    with pytest.raises(ValueError, match="prompts must be a list of texts, a dataset or a file of them"):
+        text_env(lambda completions: [0.0], prompts=table)

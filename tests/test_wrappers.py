@@ -339,3 +339,30 @@ def test_the_penalty_is_whole_wherever_it_is_paid():
     torch.testing.assert_close(rewards[0], rewards[1])
     with pytest.raises(ValueError, match="kl_target must be None for a SyncVectorEnv"):
         PPO(given[2], copy.deepcopy(model), kl_target=1.0, device="cpu")
+
+
+def test_a_wrapper_that_changes_actions_is_refused():
+    env = gym.wrappers.TransformAction(textrl.TextEnv(Copy()), lambda a: (a + 1) % 4, None)
+    with pytest.raises(ValueError, match=r"env must take the tokens that its agent draws; .* took . in place of ."):
+        REINFORCE(env, batch_size=8, device="cpu").collect()
+
+
+def test_an_agent_leaves_its_policy_with_nobody():
+    env = RecordEpisodeStatistics(textrl.TextEnv(Copy(), reference=tiny(Copy()), kl_coef=0.5))
+
+    def first():
+        env.reset(seed=0)
+        return env.step(1)[1]
+
+    before = first()
+    rollout = REINFORCE(env, batch_size=8, device="cpu").learn(20).collect()
+    kl = 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores - kl, atol=1e-5, rtol=0)
+    assert env.unwrapped.policy is None and first() == before
+
+
+def test_pictures_are_collected_as_gymnasiums_are():
+    env = gym.make("textrl/Copy-v0", render_mode="ansi_list")
+    env.reset(seed=0)
+    env.step(1)
+    assert len(env.render()) == 2

@@ -47,16 +47,20 @@ def collect(agent: Agent) -> Rollout:
             f"{type(agent).__name__} draws {agent.group_size} responses to each prompt, which a wrapped environment"
             " cannot be asked for: pass the environment itself"
         )
-    attached = agent.env.unwrapped is agent.base
-    if attached:
-        agent.base.policy = agent.stepper
+    attached, before = agent.env.unwrapped is agent.base, agent.base.policy
     seed = int(agent.rng.integers(2**31)) if agent.num_updates == 0 else None
     missing = 0.0 if attached else penalty_weight(agent.env)
 
     def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
         return in_environment(agent, observations)
 
-    return collect_stepped(agent.env, agent.task, act, size, device=agent.device, seed=seed, missing_penalty=missing)
+    if attached:
+        agent.base.policy = agent.stepper
+    try:
+        settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
+        return collect_stepped(agent.env, agent.task, act, size, **settings)
+    finally:
+        agent.base.policy = before  # whoever steps the environment next is another
 
 
 def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:

@@ -34,8 +34,10 @@ def run_doctor(options: argparse.Namespace) -> int:
     kwargs = parse_env_args(options.env_arg, options.prompts is not None)
     if options.prompts is not None:
         kwargs["prompts"] = options.prompts
-    default = 0.0 if options.reference is None else 0.1
-    kwargs |= {"reference": options.reference, "kl_coef": default if options.kl_coef is None else options.kl_coef}
+    if options.reference is not None:
+        kwargs |= {"reference": options.reference, "kl_coef": 0.1}
+    if options.kl_coef is not None:
+        kwargs["kl_coef"] = options.kl_coef
     env = gym.make(check_env_id(options.env), disable_env_checker=True, **kwargs)
     agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
     with few_threads(agent.model):

@@ -122,7 +122,7 @@ def _train_parser(commands: Any) -> None:
     )
     train.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     train.add_argument("--reference", help="folder or hub name of the frozen reference")
-    train.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty (default: %(default)s)")
+    train.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's)")
     train.add_argument(
         "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
     )
@@ -179,7 +179,7 @@ def train_agent(options: argparse.Namespace) -> None:
     run = {
         "agent": options.agent,
         "env": options.env,
-        "env_kwargs": {**kwargs, "reference": named(options.reference), "kl_coef": options.kl_coef},
+        "env_kwargs": {**kwargs, **given_penalty(options)},
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "model": named(options.model),
@@ -198,6 +198,12 @@ def train_agent(options: argparse.Namespace) -> None:
 def named(given: str | None) -> str | None:
     """A file or folder by its whole path, so that a run can be resumed from anywhere; an id or a hub name as it is."""
     return os.path.realpath(given) if given and (Path(given).exists() or is_file_name(given)) else given
+
+
+def given_penalty(options: argparse.Namespace) -> dict[str, Any]:
+    """The reference and the weight of the penalty, where they were given: an environment may have its own."""
+    penalty = {"reference": named(options.reference), "kl_coef": options.kl_coef}
+    return {name: value for name, value in penalty.items() if value is not None}
 
 
 def make_agent(run: dict[str, Any]) -> Agent:
@@ -248,7 +254,8 @@ def evaluate_run(options: argparse.Namespace) -> None:
     with few_threads(agent.model):
         rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
-    out["score_standard_error"] = out["score_std"] / options.episodes**0.5
+    if options.episodes > 1:
+        out["score_standard_error"] = out["score_std"] / (options.episodes - 1) ** 0.5
     out["episodes"] = options.episodes
     if (best := getattr(agent.task, "best_score", None)) is not None:
         out["best_score"] = best

@@ -44,7 +44,7 @@ class Codec:
             ValueError: for a prompt without tokens, or text that the tokenizer does not know.
         """
         if (ids := self._known.get(prompt)) is not None:
-            return ids
+            return ids.copy()
         if not self._special_tokens and self._tokenizer.chat_template:
             self._warn_of_special_tokens(prompt)
         split = not self._special_tokens
@@ -59,7 +59,7 @@ class Codec:
         if len(self._known) >= REMEMBERED:
             self._known.clear()
         self._known[prompt] = ids
-        return ids
+        return ids.copy()
 
     def _warn_of_special_tokens(self, prompt: str) -> None:
         """Says, once, that what a chat template wrote is about to be read as text."""

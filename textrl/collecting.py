@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +73,8 @@ def collect(
     if (folder / "data").exists():
         raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
     stepper = StepwiseLM(policy, base.task.vocab_size)
-    storage: Any = None  # made when there is something to write, so that what fails at once leaves nothing behind
-    with few_threads(lm):
+    storage: Any = None  # made when there is something to write
+    with few_threads(lm), _whole(folder):
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
             if is_bare(env):
@@ -95,6 +97,18 @@ def collect(
                 storage = _new_storage(dataset, env, type(model).__name__)
             storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Takes the new dataset in a folder away where something fails before it is whole."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:

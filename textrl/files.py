@@ -259,7 +259,8 @@ def prompt_rows(prompts: Any, skip_bad_rows: bool) -> Rows:
     if isinstance(prompts, (str, Path)):
         raise ValueError(f"prompts must be a list of texts, a dataset or {FILE_OF_ROWS}; got {found_at(prompts)}")
     ordered = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
-    if isinstance(prompts, (bytes, Mapping)) or not ordered:
+    table = hasattr(prompts, "columns")  # of pandas, which gives its columns' names one by one
+    if isinstance(prompts, (bytes, Mapping)) or not ordered or table:
         raise ValueError(f"prompts must be a list of texts, a dataset or a file of them; got {shorten(prompts)}")
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:

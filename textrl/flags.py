@@ -123,10 +123,13 @@ def check_env_id(id: str) -> str:
     """
     module, _, plain = id.rpartition(":")
     if module:
+        sys.path.insert(0, "")
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"env {id!r} cannot be imported: {error}") from None
+        except Exception as error:  # a module may raise what it likes
+            raise ValueError(f"env {id!r} cannot be imported: {type(error).__name__}: {error}") from None
+        finally:
+            sys.path.pop(0)
     known = list(registered())
     if plain not in known:
         raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")

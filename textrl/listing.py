@@ -8,6 +8,8 @@ import re
 import sys
 from typing import Any
 
+import gymnasium as gym
+
 from .flags import agent_classes
 from .registration import make_task, registered, task_class
 
@@ -34,16 +36,19 @@ def env_cells(id: str, where: Any) -> list[str]:
     page = " ".join((inspect.getdoc(cls) or "").split())
     found = re.search(r"What it teaches: (.*?)(?: Optimum:|$)", page)
     teaches = found[1] if found else ""
-    best = getattr(cls, "best_score", None)
     if not getattr(cls, "at_hand", lambda: True)():
         return [id, *"----", teaches]
     try:
-        task = make_task(where)
-    except (ValueError, OSError, ImportError):
+        given = dict(gym.registry[id].kwargs)
+        for name in ("reference", "kl_coef", "temperature"):
+            given.pop(name, None)
+        task = make_task(**given)
+    except (ValueError, OSError, ImportError, TypeError):
         return [id, *"----", teaches]
     vocabulary, horizon = task.vocab_size, task.max_new_tokens
     # every string of tokens other than the end, ended or cut at the horizon
     responses = sum((vocabulary - 1) ** t for t in range(horizon)) + (vocabulary - 1) ** horizon
+    best = task.best_score
     size = str(responses) if responses < 10**7 else f"1e{len(str(responses)) - 1}"
     return [id, str(vocabulary), str(horizon), size, "-" if best is None else f"{best:g}", teaches]
 

@@ -42,7 +42,7 @@ def _policy_flags(parser: argparse.ArgumentParser, who: str) -> None:
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     parser.add_argument("--env-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of --env")
     parser.add_argument("--reference", help="folder or hub name of the frozen reference")
-    parser.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty (default: %(default)s)")
+    parser.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's)")
     parser.add_argument("--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt")
 
 
@@ -62,7 +62,8 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
         kwargs = parse_env_args(options.env_arg, options.prompts is not None)
         if options.prompts is not None:
             kwargs["prompts"] = options.prompts
-        kwargs |= {"reference": options.reference, "kl_coef": options.kl_coef}
+        penalty = {"reference": options.reference, "kl_coef": options.kl_coef}
+        kwargs |= {name: value for name, value in penalty.items() if value is not None}
         env = gym.make_vec(check_env_id(options.env), num_envs=1, **kwargs)
         task = base_env(env).task
         length = task.max_prompt_tokens + task.max_new_tokens

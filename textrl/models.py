@@ -146,10 +146,12 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTr
     if (Path(name) / CONFIG).is_file():
         return load_adapted(Path(name))
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{called} {name!r} holds no causal language model ({first})") from None
+    _check_whole(name, report)
+    return model  # type: ignore[no-any-return]
 
 
 def longest_text(model: PreTrainedModel) -> int:
@@ -271,8 +273,21 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
 def load_scalar(folder: str | Path) -> PreTrainedModel:
     """A sequence classifier with one label from a folder or a hub name, in the dtype that it was saved in."""
     register_tabular()
-    found = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype="auto", num_labels=1)
+    settings: Any = {"dtype": "auto", "num_labels": 1, "output_loading_info": True}
+    found, report = AutoModelForSequenceClassification.from_pretrained(str(folder), **settings)
+    _check_whole(str(folder), report)
     return found  # type: ignore[no-any-return]
+
+
+def _check_whole(name: str, report: dict[str, Any]) -> None:
+    """Refuses what transformers had to fill with random numbers: a model of another kind, without this one's head.
+
+    Raises:
+        ValueError: naming weights that are missing.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{name!r} has no weights for {', '.join(missing[:3])}: it is a model of another kind")
 
 
 def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:

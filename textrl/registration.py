@@ -155,6 +155,9 @@ def make_env(
     )
 
 
+make_env.metadata = TextEnv.metadata  # type: ignore[attr-defined]  # by which gym.make knows of "ansi_list"
+
+
 def make_vector_env(
     task: type[Task] | str,
     num_envs: int = 1,

@@ -157,7 +157,7 @@ class RemoteScore:
         headers = {"Content-Type": "application/json", "Accept": "application/json", **self.headers}
         request = urllib.request.Request(self.url, data, headers, method="POST")
         parts, size = [], 0
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        with _OPENER.open(request, timeout=self.timeout) as answer:
             while block := answer.read1(BLOCK):
                 parts.append(block)
                 size += len(block)
@@ -180,6 +180,16 @@ class RemoteScore:
                 f'{self.url} must answer with a list of {count} numbers, or {{"scores": [...]}}; got {shorten(said)}'
             )
         return scores
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would be a GET without the texts."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """None: the answer stays an error."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def is_address(url: Any) -> bool:

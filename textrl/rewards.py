@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .checkpoint import verify_if_ours, whole_folder, write_manifest
+from .checkpoint import MANIFEST, verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
 from .hub import check_source
 from .models import longest_text
@@ -90,17 +90,21 @@ class RewardModel:
         try:
             model = load_scalar(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"folder {str(folder)!r} holds no reward model ({first})") from None
         return cls(model, tokenizer, **{**getattr(model.config, "score_options", {}), **options})
 
     def save(self, folder: str | Path) -> None:
-        """Writes model, tokenizer and normalisation; loadable with `from_pretrained`."""
+        """Writes model, tokenizer and normalisation; loadable with `from_pretrained`.
+
+        Raises:
+            ValueError: for a folder that holds anything else than what this wrote.
+        """
         config = self.model.config
         config.score_mean, config.score_std = self.mean, self.std
         config.score_options = {"max_length": self.max_length, "special_tokens": self.special_tokens}
-        with whole_folder(Path(folder), "config.json") as part:
+        with whole_folder(Path(folder), MANIFEST) as part:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
             write_manifest(part, {"agent": "RewardModel"})

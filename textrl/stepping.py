@@ -121,6 +121,7 @@ def collect_stepped(
             the agent; else 0.
 
     Raises:
+        ValueError: for an environment whose wrapper changes actions: their log-probabilities are not known.
         NotFinite: where the agent's log-probabilities are not.
         AllDropped: where every score failed and was let pass.
     """
@@ -145,6 +146,7 @@ def collect_stepped(
             episode.logprobs.append(float(logprobs[i]))
             episode.rewards.append(float(rewards[i]) - missing_penalty * float(logprobs[i]))
             episode.masks.extend([] if masks is None else [masks[i]])
+            _check_taken(env, None if ended[i] else _written(observations[i], task), int(actions[i]))
             said = infos.get("final_info", infos) if ended[i] and mode == AutoresetMode.SAME_STEP else infos
             if "ref_logprob" in said:
                 episode.ref_logprobs.append(float(said["ref_logprob"][i]))
@@ -160,6 +162,12 @@ def collect_stepped(
             for i in np.flatnonzero(ended).tolist():
                 running[i] = _Episode(_written(observations[i], task))
     return _stack([episode for done in finished for episode in done], task, device)
+
+
+def _check_taken(env: Any, text: NDArray[np.int64] | None, action: int) -> None:
+    """Refuses a wrapper that changes actions: nobody knows the log-probabilities of what it takes in their place."""
+    if text is not None and text[-1] != action:
+        raise ValueError(f"env must take the tokens that its agent draws; {env} took {text[-1]} in place of {action}")
 
 
 def _finite(actions: NDArray[np.int64], logprobs: NDArray[np.float32], masks: NDArray[np.bool_] | None) -> Any:

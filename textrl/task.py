@@ -277,7 +277,7 @@ class Task:
         names = [key for key in _columns_of(rows) if key != "prompt"]
         columns: dict[str, Any] = {key: [row.get(key) for row in rows] for key in names}
         columns["completion_ids"] = [
-            response if type(response) is list else list(map(int, response)) for response in completion_ids
+            list(response) if type(response) is list else list(map(int, response)) for response in completion_ids
         ]
         return columns
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +21,9 @@ REMEMBERED = 8192
 class TextCritic:
     """The value of the state before each of the policy's tokens, from a model with another tokenizer.
 
-    A state is worth what the critic says at the last of its own tokens that lies wholly inside the text so far, so it
-    never reads ahead; where its tokens are longer than the policy's it may be some letters behind.
+    A state is worth what the critic says at the end of the text so far, in its own tokens of that text alone: how a
+    longer text is cut says what comes next, on which the value of a state must not depend. Where the tokens of the text
+    so far begin those of a longer one, both are read at once.
 
     Args:
         model: a scalar model.
@@ -35,43 +35,40 @@ class TextCritic:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._begin: int = begin
-        self._known: dict[tuple[tuple[int, ...], int], tuple[list[int], list[int]]] = {}
+        self._known: dict[tuple[tuple[int, ...], int], tuple[list[list[int]], list[tuple[int, int]]]] = {}
 
     def __call__(self, batch: Rollout) -> Tensor:
         """(B, T) float32, differentiable; 0 outside the agent's tokens."""
         lengths, starts = batch.response_lengths.tolist(), batch.prompt_lengths.tolist()
-        read = [
-            self._read(tuple(row[: start + length]), start)
-            for row, start, length in zip(batch.tokens.tolist(), starts, lengths, strict=True)
-        ]
-        tokens = torch.zeros(len(read), max(len(ids) for ids, _ in read), dtype=torch.int64)
-        places = torch.zeros(batch.action_mask.shape, dtype=torch.int64)  # (B, T) columns in `tokens`
-        for i, (ids, columns) in enumerate(read):
-            tokens[i, : len(ids)] = torch.tensor(ids)
-            places[i, : len(columns)] = torch.tensor(columns)
-        rows, steps = batch.action_mask.nonzero(as_tuple=True)
+        texts: list[list[int]] = []
+        places = torch.zeros(*batch.action_mask.shape, 2, dtype=torch.int64)  # (B, T, 2) rows and columns in `tokens`
+        for i, (row, start, length) in enumerate(zip(batch.tokens.tolist(), starts, lengths, strict=True)):
+            found, where = self._read(tuple(row[: start + length]), start)
+            places[i, : len(where)] = torch.tensor(where) + torch.tensor([len(texts), 0])
+            texts += found
+        tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+        for line, ids in zip(tokens, texts, strict=True):
+            line[: len(ids)] = torch.tensor(ids)
         device = self.model.device
-        return batch.spread(values_at(self.model, tokens.to(device), rows, places.to(device)[rows, steps]))
+        rows, columns = places.to(device)[batch.action_mask].T
+        return batch.spread(values_at(self.model, tokens.to(device), rows, columns))
 
-    def _read(self, ids: tuple[int, ...], start: int) -> tuple[list[int], list[int]]:
-        """The critic's tokens of a text, and where it stands before each of the policy's from `start` on."""
+    def _read(self, ids: tuple[int, ...], start: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The critic's tokens of the texts before each of the policy's from `start` on, and where each of them ends."""
         key = (ids, start)
         if key not in self._known:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            *before, whole = self.task.decode([ids[:end] for end in range(start, len(ids) + 1)], alone=True)
-            said = self.tokenizer(
-                whole, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
-            ends = [end for _, end in said["offset_mapping"]]
-            columns = [bisect_right(ends, shared(text, whole)) for text in before]
-            self._known[key] = [self._begin, *said["input_ids"]], columns
+            before = self.task.decode([ids[:end] for end in range(start, len(ids))], alone=True)
+            said = self.tokenizer(before, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            texts: list[list[int]] = []
+            places: list[tuple[int, int]] = []
+            for own in ([self._begin, *each] for each in reversed(said)):  # the longest first
+                row = next((i for i, text in enumerate(texts) if text[: len(own)] == own), len(texts))
+                texts += [own] if row == len(texts) else []
+                places.append((row, len(own) - 1))
+            self._known[key] = texts, places[::-1]
         return self._known[key]
-
-
-def shared(one: str, other: str) -> int:
-    """How many letters two texts begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
