@@ -29,6 +29,7 @@ from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
+from textrl.stepwise import check_positions
 from textrl.textcritic import TextCritic, same_tokenizer
 
 
@@ -165,6 +166,7 @@ class PPO(Agent):
         if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, self.tokenizer):
             self.tokenizers["critic"] = start.tokenizer
             return TextCritic(critic.model, start.tokenizer, self.task), critic.model
+        check_positions("critic", critic.model, self.task)
         return critic, critic.model
 
     # ---- one batch -------------------------------------------------------------------------------------------

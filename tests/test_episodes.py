@@ -126,7 +126,11 @@ def test_a_wrapped_environment_is_stepped_and_its_rewards_are_kept() -> None:
     env, model = make(kl_coef=0)
     rollout = read_episodes(collect(Doubled(env), model, 7, "toy/doubled-v0"), env.task)
     assert len(rollout) == 7
-    torch.testing.assert_close(rollout.rewards.sum(1), 2 * rollout.scores)
+    torch.testing.assert_close(
+        rollout.rewards.sum(1), rollout.scores
+    )  # what offline agents learn from is what was paid
+    ids = [row[:n] for row, n in zip(rollout.responses.tolist(), rollout.response_lengths.tolist(), strict=True)]
+    assert rollout.scores.tolist() == pytest.approx((2 * env.task.evaluate(rollout.rows, ids).totals).tolist())
 
 
 def test_one_seed_one_batch() -> None:
@@ -197,3 +201,20 @@ def test_a_collection_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         textrl.collect(env, small_model(4, 8), 600, tmp_path / "logged")
     assert len(calls) == 2 and not (tmp_path / "logged").exists()
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_what_a_wrapper_pays_is_what_is_logged(tmp_path: Path, kl_coef: float) -> None:
+    reference = {"reference": small_model(4, 8, 2), "kl_coef": kl_coef} if kl_coef else {}
+    inner = textrl.TextEnv(Copy(), **reference)  # type: ignore[arg-type]
+    turned = gym.wrappers.TransformReward(inner, lambda reward: -reward)
+    found = read_episodes(collect(turned, small_model(4, 8), 40, tmp_path / "turned"))
+    same = gym.wrappers.TransformReward(inner, lambda reward: reward)
+    plain = read_episodes(collect(same, small_model(4, 8), 40, tmp_path / "same"))
+    assert plain.scores.tolist() == inner.task.evaluate(plain.rows, plain.responses.tolist()).totals.tolist()
+    if not kl_coef:
+        assert found.scores.tolist() == (-plain.scores).tolist() and plain.scores.any()
+    else:  # a wrapper that turns the penalty too pays for the distance from the reference
+        kl = (found.logprobs - found.ref_logprobs).sum(1) if found.ref_logprobs is not None else None
+        assert kl is None or torch.allclose(found.scores, -plain.scores + 2 * kl_coef * kl, atol=1e-4)
+        assert not torch.allclose(found.scores, plain.scores)

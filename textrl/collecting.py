@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
@@ -93,10 +94,19 @@ def collect(
                     seed=seed if storage is None else None,
                     missing_penalty=missing,
                 )
+                rollout.scores = _paid(rollout, penalty_weight(env))
             if storage is None:
                 storage = _new_storage(dataset, env, type(model).__name__)
             storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
+
+
+def _paid(rollout: Rollout, kl_coef: float) -> Tensor:
+    """What a wrapped environment paid for each response beside the KL penalty: what offline agents learn from."""
+    paid = rollout.rewards.sum(1)
+    if rollout.ref_logprobs is not None:
+        paid = paid + kl_coef * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    return torch.where((paid - rollout.scores).abs() < 1e-4 * (1 + paid.abs()), rollout.scores, paid)  # rounding
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
 from .policy import few_threads
 from .render import escape
 from .report import PAGE, Section, curves, settings, write_report
-from .rollout import collect_sampled
 from .runs import BEST, Checkpoints
 from .trained import trained_agent
 
@@ -82,7 +81,7 @@ def responses(saved: Sequence[Path], run: Mapping[str, Any] | None) -> Section:
         try:
             agent = trained_agent(place, dict(run), SEED)
             with few_threads(agent.model):
-                rollout = collect_sampled(agent.base, agent.policy, SHOWN, rng=agent.rng, generator=agent.generator)
+                rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(SHOWN)])
         except CheckpointError as error:
             faults.append(str(error))
             continue
