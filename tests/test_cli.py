@@ -274,3 +274,22 @@ def test_one_episode_has_no_standard_error(capsys, tmp_path):
     for episodes, known in (("1", False), ("2", True)):
         out = json.loads(run(capsys, "evaluate", str(tmp_path / "run"), "--episodes", episodes, "--json")[1])
         assert ("score_standard_error" in out) == known
+
+
+def test_a_run_that_failed_at_once_does_not_stand_in_the_way(capsys, tmp_path):
+    folder = str(tmp_path / "run")
+    flags = [
+        "--env",
+        "textrl/Dice-v0",
+        "--env-arg",
+        "spreads=[1, 1]",
+        "--total-timesteps",
+        "20",
+        "--quiet",
+        "--log-dir",
+        folder,
+    ]
+    assert run(capsys, "train", "reinforce", *flags, "--env-arg", 'means=[0.1, "x"]')[0] == 2
+    assert run(capsys, "train", "reinforce", *flags, "--env-arg", "means=[0.1, 0.2]")[0] == 0
+    code, _, err = run(capsys, "train", "reinforce", *flags, "--env-arg", "means=[0.1, 0.2]")
+    assert code == 2 and "holds a run already" in err

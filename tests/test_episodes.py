@@ -219,3 +219,13 @@ def test_what_a_wrapper_pays_is_what_is_logged(tmp_path: Path, kl_coef: float) -
         kl = (found.logprobs - found.ref_logprobs).sum(1) if found.ref_logprobs is not None else None
         assert kl is None or torch.allclose(found.scores, -plain.scores + 2 * kl_coef * kl, atol=1e-4)
         assert not torch.allclose(found.scores, plain.scores)
+
+
+def test_a_dataset_of_other_tokens_is_refused(tmp_path: Path) -> None:
+    class Turned(Copy):
+        def __init__(self) -> None:
+            super().__init__(symbols="cba")
+
+    dataset = collect(textrl.TextEnv(Copy()), small_model(4, 8), 4, tmp_path / "logged")
+    with pytest.raises(ValueError, match="task must be one whose tokens are those of the dataset; got 'Turned'"):
+        read_episodes(dataset, Turned())

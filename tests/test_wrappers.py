@@ -366,3 +366,17 @@ def test_pictures_are_collected_as_gymnasiums_are():
     env.reset(seed=0)
     env.step(1)
     assert len(env.render()) == 2
+
+
+def test_a_penalty_is_not_paid_twice():
+    settings = {"reference": tiny(Copy()), "kl_coef": 0.5}
+    for make, wrapper in ((gym.make, KLPenalty), (lambda id, **k: gym.make_vec(id, num_envs=2, **k), VectorKLPenalty)):
+        with pytest.raises(ValueError, match=r"env must be one without a penalty of its own; got one with kl_coef=0.5"):
+            wrapper(make("textrl/Copy-v0", **settings), **settings)
+
+
+def test_agents_take_an_environment_whose_info_has_numbers_only():
+    rollout = REINFORCE(NumericInfo(textrl.TextEnv(Copy())), batch_size=8, device="cpu").collect()
+    assert rollout.scores.tolist() == rollout.rewards.sum(1).tolist()
+    assert {len(row["prompt"]) for row in rollout.rows} == {3}
+    assert [len(text) for text in rollout.completions] == (rollout.response_lengths - rollout.stopped.long()).tolist()

@@ -172,7 +172,7 @@ def train_agent(options: argparse.Namespace) -> None:
     name = id.split("/")[-1].lower()
     given = f"runs/{name}-{cls.__name__.lower()}-{config.seed}" if options.log_dir is None else options.log_dir
     folder = as_path("--log-dir", given)
-    if (folder / FINAL).exists() or (folder / RUN).exists():
+    if holds_run(folder):
         raise ValueError(
             f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
         )
@@ -193,6 +193,16 @@ def train_agent(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, run)
     finish_run(agent, run, folder, options.quiet)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something in a folder that a run has done; one that failed at once has done nothing."""
+    from .logging import PROGRESS
+    from .runs import Checkpoints
+
+    progress = folder / PROGRESS
+    begun = bool(Checkpoints(folder, 1).steps()) or (progress.exists() and progress.stat().st_size > 0)
+    return (folder / FINAL).exists() or ((folder / RUN).exists() and begun)
 
 
 def named(given: str | None) -> str | None:

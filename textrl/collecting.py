@@ -23,7 +23,7 @@ from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
 from .drawing import Sampling, draw
 from .env import observation_space
-from .episodes import dataset_folder, minari_module, on_device, open_dataset
+from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
 from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
 from .stepping import Act, action_masks, collect_stepped, penalty_weight
@@ -149,6 +149,7 @@ def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
         "temperature": base.temperature,
         "eos_token_id": base.task.eos_token_id,
         "max_prompt_tokens": base.task.max_prompt_tokens,
+        "vocabulary": vocabulary_digest(base.task),
     }
     storage.update_metadata(
         {"dataset_id": str(name), "minari_version": minari.__version__, "algorithm_name": algorithm, "textrl": facts}

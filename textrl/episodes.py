@@ -8,6 +8,7 @@ of the dataset, under `textrl`, the KL coefficient, the temperature, the end tok
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -72,6 +73,9 @@ def read_episodes(
     eos = found.storage.metadata.get("textrl", {}).get("eos_token_id", None if task is None else task.eos_token_id)
     if task is not None:
         check("task", task.vocab_size, task.vocab_size == fill, f"one with the dataset's vocabulary of {fill}")
+        own = vocabulary_digest(task)
+        same = found.storage.metadata.get("textrl", {}).get("vocabulary", own) == own
+        check("task", type(task).__name__, same, "one whose tokens are those of the dataset")
     episodes = list(found.iterate_episodes())
     check("dataset", str(found.storage.data_path), bool(episodes), "one with episodes")
     prompts = [episode.observations[0][episode.observations[0] != fill] for episode in episodes]
@@ -94,6 +98,12 @@ def read_episodes(
         if all(episode.infos and column in episode.infos for episode in episodes):
             setattr(rollout, name, rollout.spread(_flat([e.infos[column][-len(e) :] for e in episodes])))
     return on_device(rollout, torch.device(device))
+
+
+def vocabulary_digest(task: Task) -> str:
+    """By which two vocabularies of one size are told apart."""
+    vocabulary = sorted(task.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:

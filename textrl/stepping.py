@@ -84,16 +84,17 @@ class _Episode:
 
     def end(self, infos: dict[str, Any], i: int, task: Task) -> None:
         """Takes the score and the texts from what the environment said of row i, or else from what was done."""
-        if "score" in infos and ("_score" not in infos or infos["_score"][i]):  # of this row, or of another
-            self.score, self.completion = float(infos["score"][i]), infos["completion"][i]
-            self.row = {"prompt": infos["prompt"][i]}
-            if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
-                said = infos[FAULT][i] if FAULT in infos else None
-                self.fault = said or f"score failed for {about(infos['prompt'][i], self.completion)}"
+        known = "score" in infos and ("_score" not in infos or bool(infos["_score"][i]))  # of this row, not of another
+        if known and "completion" in infos:  # a wrapper may leave texts out
+            prompt, self.completion = infos["prompt"][i], infos["completion"][i]
         else:
-            self.score = sum(self.rewards)
+            prompt = task.decode([self.prompt.tolist()], alone=True)[0]
             self.completion = task.decode([self.actions])[0]
-            self.row = {"prompt": task.decode([self.prompt.tolist()], alone=True)[0]}
+        self.row = {"prompt": prompt}
+        self.score = float(infos["score"][i]) if known else sum(self.rewards)
+        if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
+            said = infos[FAULT][i] if FAULT in infos else None
+            self.fault = said or f"score failed for {about(prompt, self.completion)}"
 
 
 def collect_stepped(

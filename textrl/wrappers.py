@@ -12,9 +12,10 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from .arguments import check_penalty
-from .env import Info
+from .env import Info, TextEnv
 from .penalty import Penalty
 from .task import Task
+from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,6 +123,13 @@ class VectorOneHotObservation(VectorObservationWrapper[Any, Any, Any, Any]):
         return one_hot(observations, self._vocab_size)
 
 
+def _check_unpaid(env: AnyEnv) -> None:
+    """Refuses an environment that pays a penalty itself: it would be paid twice."""
+    base: Any = env.unwrapped
+    if isinstance(base, (TextEnv, TextVectorEnv)) and base.reference is not None and base.kl_coef > 0:
+        raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
+
+
 class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
     """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
 
@@ -145,6 +153,7 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **settings)
         gym.Wrapper.__init__(self, env)
         check_penalty(reference, kl_coef, temperature)
+        _check_unpaid(env)
         self.kl_coef, self.temperature = kl_coef, temperature
         self._penalty = Penalty(reference, task_of(env))
 
@@ -175,6 +184,7 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
     ) -> None:
         super().__init__(env)
         check_penalty(reference, kl_coef, temperature)
+        _check_unpaid(env)
         self.kl_coef, self.temperature = kl_coef, temperature
         self._penalty = Penalty(reference, task_of(env))
         self._mode = env.metadata["autoreset_mode"]
