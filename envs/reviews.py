@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from textrl.fetch import cache_dir, smollm2
@@ -48,6 +49,8 @@ class Reviews(Task):
     ) -> None:
         from transformers import AutoTokenizer
 
+        if reward is None:
+            _analyzer()  # what is missing is said before anything is fetched
         from textrl.ratings import load_ratings, openings
 
         self._prompts: list[str] = openings(load_ratings(sources), words, n, seed)["prompt"][:]
@@ -57,8 +60,9 @@ class Reviews(Task):
 
     @classmethod
     def at_hand(cls) -> bool:
-        """Whether the files that the defaults need are in the cache, so that nothing is fetched."""
-        return all((cache_dir() / name).is_dir() for name in ("SmolLM2-135M-Instruct", "vader-ratings"))
+        """Whether what the defaults need is here: the files in the cache, so that nothing is fetched, and VADER."""
+        files = all((cache_dir() / name).is_dir() for name in ("SmolLM2-135M-Instruct", "vader-ratings"))
+        return files and find_spec("vaderSentiment") is not None
 
     def prompts(self) -> list[Row]:
         """The openings."""

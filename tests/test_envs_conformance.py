@@ -19,7 +19,7 @@ IDS = [
         id,
         marks=pytest.mark.skipif(
             not getattr(task_class(where), "at_hand", lambda: True)(),
-            reason=f"{id} needs files that are not in the cache; textrl.fetch brings them",
+            reason=f"{id} needs files that are not in the cache (textrl.fetch brings them), or the extra [rlhf]",
         ),
     )
     for id, where in registered().items()
