@@ -65,7 +65,7 @@ def bootstrapped(rollout: Rollout, critic: Callable[[Rollout], Tensor], gamma: f
 
     Such an episode would have gone on; one that came to its end, or to the task's horizon, is worth nothing more.
     """
-    if rollout.truncated is None:
+    if rollout.truncated is None or not bool(rollout.truncated.any()):
         return rollout
     cut = rollout.truncated.nonzero()[:, 0]
     part, last = rollout.select(cut), (rollout.response_lengths - 1)[cut, None]  # (b, 1)
