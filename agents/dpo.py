@@ -165,9 +165,10 @@ class DPO(Agent):
                 responses.append(encode_response(self.task, prompt, text_of(row, side))[1])
             else:
                 responses.append(token_ids(row, f"{side}_ids", self.task))
-        known = [row.get(name) is not None for name in REFERENCE_COLUMNS]
-        given = all(known)
-        check("columns", list(REFERENCE_COLUMNS), given or not any(known), "given both or not at all")
+        given = [name for name in REFERENCE_COLUMNS if row.get(name) is not None]
+        if len(given) == 1:
+            (missing,) = set(REFERENCE_COLUMNS) - set(given)
+            raise ValueError(f"column {missing!r} must be given where {given[0]!r} is; got {row.get(missing)!r}")
         reference = [number_of(row, name) for name in REFERENCE_COLUMNS] if given else None
         return self.task.encode({"prompt": prompt}).tolist(), responses, reference
 

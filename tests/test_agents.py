@@ -241,12 +241,10 @@ def test_the_fisher_product_is_the_hessian_of_the_kl():
     torch.testing.assert_close(agent._fisher(rollout)(vector), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_trpo_step_by_hand():
-    """At one state the natural gradient of a softmax is the advantages themselves, up to a constant."""
-    agent = tabular_agent(TRPO, damping=0.0, max_kl=1e-4)
-    actions = [0, 1, 2, 3] * 8  # each token of the uniform policy as often as it should be
-    rollout = Rollout(
-        tokens=torch.tensor([[0, 1, action] for action in actions]),
+def one_state():
+    """Every token of the uniform policy as often as it should be, in one state."""
+    return Rollout(
+        tokens=torch.tensor([[0, 1, action] for action in [0, 1, 2, 3] * 8]),
         prompt_lengths=torch.full((32,), 2),
         action_mask=torch.ones(32, 1, dtype=torch.bool),
         logprobs=torch.full((32, 1), -LOG4),
@@ -255,7 +253,12 @@ def test_trpo_step_by_hand():
         stopped=torch.ones(32, dtype=torch.bool),
         advantages=torch.tensor([2.0, 1.0, 0.0, -3.0]).repeat(8)[:, None],
     )
-    numbers = agent.step(rollout, 1e-4)
+
+
+def test_trpo_step_by_hand():
+    """At one state the natural gradient of a softmax is the advantages themselves, up to a constant."""
+    agent = tabular_agent(TRPO, damping=0.0, max_kl=1e-4)
+    numbers = agent.step(one_state(), 1e-4)
     row = int(agent.model.tree(torch.tensor([[0, 1]])).last_hidden_state[0, -1, 0])
     moved = agent.model.lm_head.weight[row].detach()
     # F = (I - 11'/4)/4, so x'Fx = |x|^2/4 = 1/2 * ... : the step is x * sqrt(2 * max_kl / (|x|^2 / 4)), |x|^2 = 14

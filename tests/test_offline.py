@@ -374,7 +374,9 @@ def test_a_csv_file_may_hold_the_references_numbers_and_token_ids(tmp_path: Any)
     agent = DPO(textrl.TextEnv(Weighted()), dataset=str(tmp_path / "pairs.csv"), device="cpu")
     assert agent._pairs == [([0, 1], [[2, 0], [3, 0]], [-1.5, -2.0])]
     half = [{"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0}]
-    with pytest.raises(ValueError, match="given both or not at all"):
+    with pytest.raises(
+        ValueError, match="column 'ref_rejected_logps' must be given where 'ref_chosen_logps' is; got None"
+    ):
         DPO(textrl.TextEnv(Weighted()), dataset=half, device="cpu")
     for ids, said in (([1, 0, 2], "must end where the end token stands"), ([True, 2], "token ids below 4")):
         with pytest.raises(ValueError, match=said):

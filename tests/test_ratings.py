@@ -105,7 +105,7 @@ def test_a_group_holds_all_pairs_of_its_few_sentences() -> None:
         best = itertools.product(texts, texts)
         assert sorted(pairs) == sorted((a, b) for a, b in best if rows[a]["mean"] - rows[b]["mean"] >= 1.0)
         seen |= texts
-    assert rating_groups(ratings, 1.0, 99, 5).to_dict() == rating_groups(ratings, 1.0, None, 5).to_dict()
+    assert rating_groups(ratings, 1.0, 99, 5).to_dict() == rating_groups(ratings, 1.0, 100, 5).to_dict()
     with pytest.raises(ValueError, match="size is 99; there are not so many sentences of one source"):
         rating_groups(ratings, 1.0, 1, 99)
     with pytest.raises(ValueError, match="gap is 9; no group has two sentences whose means are so far apart"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_agents import LOG4, Bigrams, environment, fixed_rollout, loss_of_first_step, tabular_agent
+from test_agents import LOG4, Bigrams, environment, fixed_rollout, loss_of_first_step, one_state, tabular_agent
 
 import textrl
 from textrl.agents import A2C, BPO, DPO, GRPO, NLPO, PPO, TRPO, ReST
@@ -208,20 +208,6 @@ def test_rest_fits_all_but_what_weighs_nothing_by_weights_whose_mean_is_one():
     order = batch.scores.argsort(descending=True)
     assert batch.scores[order].tolist() == scores[:3].tolist()
     torch.testing.assert_close(batch.advantages[order, 0], weights[:3] / weights[:3].mean())
-
-
-def one_state():
-    """Every token of the uniform policy as often as it should be, in one state."""
-    return Rollout(
-        tokens=torch.tensor([[0, 1, action] for action in [0, 1, 2, 3] * 8]),
-        prompt_lengths=torch.full((32,), 2),
-        action_mask=torch.ones(32, 1, dtype=torch.bool),
-        logprobs=torch.full((32, 1), -LOG4),
-        rewards=torch.zeros(32, 1),
-        scores=torch.zeros(32),
-        stopped=torch.ones(32, dtype=torch.bool),
-        advantages=torch.tensor([2.0, 1.0, 0.0, -3.0]).repeat(8)[:, None],
-    )
 
 
 def test_trpo_takes_no_step_that_does_not_improve_the_surrogate():

@@ -108,9 +108,7 @@ class Agent:
         self.policy.frozen_blocks = frozen_blocks(self.model)
         self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
-        self.tokenizers: dict[
-            str, PreTrainedTokenizerFast
-        ] = {}  # of other modules than the policy, to be saved by them
+        self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
         self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes

@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, parse_env_args
+from .flags import check_env_id, given_penalty, parse_env_args
 from .render import escape
 
 
@@ -34,10 +34,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     kwargs = parse_env_args(options.env_arg, options.prompts is not None)
     if options.prompts is not None:
         kwargs["prompts"] = options.prompts
-    if options.reference is not None:
-        kwargs |= {"reference": options.reference, "kl_coef": 0.1}
-    if options.kl_coef is not None:
-        kwargs["kl_coef"] = options.kl_coef
+    kwargs |= {"kl_coef": 0.1} if options.reference is not None else {}
+    kwargs |= given_penalty(options)
     env = gym.make(check_env_id(options.env), disable_env_checker=True, **kwargs)
     agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
     with few_threads(agent.model):

@@ -25,6 +25,7 @@ from .flags import (
     agent_class,
     check_env_id,
     finished_run,
+    given_penalty,
     parse_config,
     parse_env_args,
     read_run,
@@ -176,6 +177,7 @@ def train_agent(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--log-dir must be a new folder; {str(folder)!r} holds a run already (--resume {folder} goes on with it)"
         )
+    options.reference = named(options.reference)
     run = {
         "agent": options.agent,
         "env": options.env,
@@ -208,12 +210,6 @@ def holds_run(folder: Path) -> bool:
 def named(given: str | None) -> str | None:
     """A file or folder by its whole path, so that a run can be resumed from anywhere; an id or a hub name as it is."""
     return os.path.realpath(given) if given and (Path(given).exists() or is_file_name(given)) else given
-
-
-def given_penalty(options: argparse.Namespace) -> dict[str, Any]:
-    """The reference and the weight of the penalty, where they were given: an environment may have its own."""
-    penalty = {"reference": named(options.reference), "kl_coef": options.kl_coef}
-    return {name: value for name, value in penalty.items() if value is not None}
 
 
 def make_agent(run: dict[str, Any]) -> Agent:

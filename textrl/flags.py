@@ -190,6 +190,12 @@ def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, A
     return out
 
 
+def given_penalty(options: argparse.Namespace) -> dict[str, Any]:
+    """The reference and the weight of the penalty, where they were given: an environment may have its own."""
+    penalty = {name: getattr(options, name) for name in ("reference", "kl_coef")}
+    return {name: value for name, value in penalty.items() if value is not None}
+
+
 def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> Any:
     """A config dataclass from command-line flags, one a field; the comment beside a field is its help."""
     parser = Parser(prog=prog, allow_abbrev=False, description=inspect.getdoc(config_class))

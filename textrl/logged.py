@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import FINAL, check_env_id, finished_run, parse_env_args
+from .flags import FINAL, check_env_id, finished_run, given_penalty, parse_env_args
 from .render import escape
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
         kwargs = parse_env_args(options.env_arg, options.prompts is not None)
         if options.prompts is not None:
             kwargs["prompts"] = options.prompts
-        penalty = {"reference": options.reference, "kl_coef": options.kl_coef}
-        kwargs |= {name: value for name, value in penalty.items() if value is not None}
+        kwargs |= given_penalty(options)
         env = gym.make_vec(check_env_id(options.env), num_envs=1, **kwargs)
         task = base_env(env).task
         length = task.max_prompt_tokens + task.max_new_tokens

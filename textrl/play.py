@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import gymnasium as gym
 
 from .config import check
-from .flags import FINAL, check_env_id, finished_run, nearest, parse_env_args
+from .flags import FINAL, check_env_id, finished_run, given_penalty, nearest, parse_env_args
 from .render import token_texts
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     id = check_env_id(run["env"] if options.env is None and run is not None else options.env)
     same = run is not None and check_env_id(run["env"]) == id
     kwargs = {**(run["env_kwargs"] if run and same else {}), **parse_env_args(options.env_arg)}
-    for name in ("reference", "kl_coef"):
-        if (value := getattr(options, name)) is not None:
-            kwargs[name] = value
+    kwargs |= given_penalty(options)
     env: TextEnv = gym.make(id, render_mode="ansi", **kwargs).unwrapped  # type: ignore[assignment]
     if run is None:
         agent = Agent(env, options.model, seed=options.seed)

@@ -93,7 +93,7 @@ def rating_pairs(ratings: Dataset, gap: float, n: int, seed: int = 0) -> Dataset
     return _pairs(ratings, order[better], order[worse])
 
 
-def rating_groups(ratings: Dataset, gap: float, n: int | None, size: int, seed: int = 0) -> Dataset:
+def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0) -> Dataset:
     """All pairs among a few sentences at a time: more comparisons for each sentence that is read.
 
     Each group holds `size` sentences of one source; no sentence comes twice. A group without a pair is left out.
@@ -101,7 +101,7 @@ def rating_groups(ratings: Dataset, gap: float, n: int | None, size: int, seed: 
     Args:
         ratings: rows of `load_ratings`.
         gap: least difference of the means, above 0.
-        n: number of groups; None, or more than there are: all.
+        n: number of groups; all, if there are fewer.
         size: sentences in a group.
         seed: the same seed gives the same groups.
 
@@ -123,11 +123,10 @@ def rating_groups(ratings: Dataset, gap: float, n: int | None, size: int, seed: 
         groups += [members[i : i + size] for i in range(0, len(members) - size + 1, size)]
     if not groups:
         raise ValueError(f"size is {size}; there are not so many sentences of one source")
-    n = len(groups) if n is None else min(n, len(groups))
     mean = np.asarray(ratings["mean"], dtype=np.float64)  # (N,)
     drawn = [
         (number, better, worse)
-        for number, members in enumerate(rng.sample(groups, n))
+        for number, members in enumerate(rng.sample(groups, min(n, len(groups))))
         for better in members
         for worse in members
         if mean[better] - mean[worse] >= gap - 1e-9
