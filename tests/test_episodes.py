@@ -216,8 +216,9 @@ def test_what_a_wrapper_pays_is_what_is_logged(tmp_path: Path, kl_coef: float) -
     if not kl_coef:
         assert found.scores.tolist() == (-plain.scores).tolist() and plain.scores.any()
     else:  # a wrapper that turns the penalty too pays for the distance from the reference
-        kl = (found.logprobs - found.ref_logprobs).sum(1) if found.ref_logprobs is not None else None
-        assert kl is None or torch.allclose(found.scores, -plain.scores + 2 * kl_coef * kl, atol=1e-4)
+        assert found.ref_logprobs is not None
+        kl = (found.logprobs - found.ref_logprobs).sum(1)
+        assert torch.allclose(found.scores, -plain.scores + 2 * kl_coef * kl, atol=1e-4)
         assert not torch.allclose(found.scores, plain.scores)
 
 

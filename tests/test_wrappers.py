@@ -305,8 +305,20 @@ def test_a_time_limit_is_no_end(critic):
             delta = float(rollout.rewards[i, t]) + 0.9 * after - v[t]
             advantage = delta + 0.9 * 0.8 * advantage
             assert float(found.advantages[i, t]) == pytest.approx(advantage, abs=1e-5)
-    baseline = REINFORCE(env, baseline="value", batch_size=16, device="cpu").collect()
-    assert baseline.truncated.any()
+
+
+def test_a_learned_baseline_counts_what_a_cut_off_episode_would_have_gone_on_to():
+    env = gym.wrappers.TimeLimit(textrl.TextEnv(Copy()), 2)
+    agent = REINFORCE(env, baseline="value", batch_size=16, device="cpu", learning_rate=1e-2).learn(200)
+    rollout, seen = agent.collect(), []
+    agent.minimise = lambda loss, batch: seen.append(batch) or {"loss": 0.0}
+    agent.update(rollout)
+    values = state_values(agent)
+    for i in rollout.truncated.nonzero()[:, 0].tolist():
+        left = np.full((1, 8), 4)
+        left[0, : int(rollout.prompt_lengths[i]) + 2] = rollout.tokens[i, : int(rollout.prompt_lengths[i]) + 2]
+        assert values(left)[0] != 0
+        assert float(seen[0].returns[i, 1]) == pytest.approx(float(rollout.rewards[i, 1]) + values(left)[0], abs=1e-5)
 
 
 def test_a_sync_vector_env_of_a_task_with_masks_is_stepped_inside_them():
