@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # d3rlpy asks for an old Gymnasium but runs with this one (examples/d3rlpy_cql.py): pip is not asked what it wants.
 D3RLPY := d3rlpy gym gym-notices
+# PyTorch for a GPU brings its own Triton. Without a GPU this one's interpreter runs the kernels in the tests.
+TRITON := triton==3.9.0
 SETUP := pyproject.toml constraints.txt
 
 .PHONY: demo test lint types wheel clean
@@ -48,6 +50,7 @@ $(VENV)/test.done: $(VENV)/base.done
 	$(PIP) --editable ".[test]"
 	$(PIP) colorama dataclasses-json scikit-learn structlog
 	$(PIP) --no-deps $(D3RLPY)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) --no-deps $(TRITON)
 	touch $@
 
 clean:

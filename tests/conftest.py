@@ -1,9 +1,13 @@
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # a GPU's kernels, one operation after another on the CPU
 
 
 @pytest.fixture(autouse=True)

@@ -19,14 +19,26 @@ from textrl.policy import CausalPolicy, head_of, small_model, value_model, value
 N, D, V = 37, 8, 11
 
 
-def parts(dtype=torch.float64):
+@pytest.fixture(params=["plain", "fused"])
+def device(request, monkeypatch):
+    """Where the tensors are, and by which of the two ways they are read."""
+    if request.param == "plain":
+        return torch.device("cpu")
+    import textrl.fused
+
+    monkeypatch.setattr(textrl.fused, "BLOCK", 4)  # a row is three blocks
+    monkeypatch.setattr(textrl.logprobs, "function_for", lambda hidden, weight: textrl.fused.FusedLogprobs)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parts(dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator, dtype=dtype).requires_grad_()
-    weight = torch.randn(V, D, generator=generator, dtype=dtype).requires_grad_()
+    hidden = torch.randn(N, D, generator=generator, dtype=dtype).to(device).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=dtype).to(device).requires_grad_()
     targets = torch.randint(0, V, (N,), generator=generator)
     allowed = torch.rand(N, V, generator=generator) < 0.6
     allowed[torch.arange(N), targets] = True
-    return hidden, weight, targets, allowed, torch.randn(2, N, generator=generator)
+    return hidden, weight, targets.to(device), allowed.to(device), torch.randn(2, N, generator=generator).to(device)
 
 
 def plainly(hidden, weight, targets, allowed, temperature):
@@ -41,10 +53,10 @@ def plainly(hidden, weight, targets, allowed, temperature):
 @pytest.mark.parametrize("kept", [2**30, 0])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_numbers_and_gradients_are_autograds(chunk, kept, masked, entropy, monkeypatch):
+def test_numbers_and_gradients_are_autograds(chunk, kept, masked, entropy, device, monkeypatch):
     monkeypatch.setattr(textrl.logprobs, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(textrl.logprobs, "KEEP_BYTES", kept)
-    hidden, weight, targets, allowed, weights = parts(torch.float32)
+    hidden, weight, targets, allowed, weights = parts(torch.float32, device)
     allowed = allowed if masked else None
 
     def look(function):
@@ -61,8 +73,8 @@ def test_numbers_and_gradients_are_autograds(chunk, kept, masked, entropy, monke
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
 
 
-def test_a_frozen_head_or_trunk_gets_no_gradient_and_no_rows_are_fine():
-    hidden, weight, targets, _, weights = parts(torch.float32)
+def test_a_frozen_head_or_trunk_gets_no_gradient_and_no_rows_are_fine(device):
+    hidden, weight, targets, _, weights = parts(torch.float32, device)
     for learns, frozen in ((hidden, weight), (weight, hidden)):
         frozen.requires_grad_(False)
         want = torch.autograd.grad((weights[0] * plainly(hidden, weight, targets, None, 1.0)[0]).sum(), learns)[0]
@@ -73,6 +85,37 @@ def test_a_frozen_head_or_trunk_gets_no_gradient_and_no_rows_are_fine():
         learns.grad = None
     logprobs, entropies = token_logprobs(hidden[:0], weight, targets[:0], entropy=True)
     assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_a_token_that_is_not_allowed_is_as_improbable_in_both_ways(device):
+    hidden, weight, targets, allowed, _ = parts(torch.float32, device)
+    allowed[torch.arange(N), targets] = False
+    allowed[:, 0] |= ~allowed.any(1)
+    found = token_logprobs(hidden, weight, targets, allowed)[0]
+    torch.testing.assert_close(found, plainly(hidden, weight, targets, allowed, 1.0)[0])
+
+
+def test_kernels_that_do_not_run_are_told_and_left_alone(monkeypatch):
+    import textrl.fused
+
+    def broken(*arguments, **constants):
+        raise RuntimeError("no C compiler\nmore")
+
+    monkeypatch.setattr(textrl.fused, "_launch", broken)
+    textrl.fused.works.cache_clear()
+    with pytest.warns(UserWarning, match=r"the slow way: Triton's kernels do not run here \(no C compiler\)$"):
+        assert not textrl.fused.works(torch.device("cpu"))
+    textrl.fused.works.cache_clear()
+
+
+def test_a_gpus_head_for_sampling_gives_the_same_logits(monkeypatch):
+    model = small_model(V, 16, 0)
+    policy, hidden = CausalPolicy(model, V - 1), torch.randn(5, model.config.n_embd)
+    want = policy.logits(hidden)
+    monkeypatch.setattr(CausalPolicy, "device", torch.device("cuda"))
+    assert policy.sampler() != policy.logits
+    torch.testing.assert_close(policy.sampler()(hidden), want)
+    assert want.shape == (5, V - 1)
 
 
 class Odd(nn.Linear):

@@ -62,12 +62,13 @@ def test_the_tasks_mask_goes_before_an_agents_own_where_they_have_nothing_in_com
     assert both_masks(None, own) is own
 
 
-def test_a_lower_precision_keeps_inside_the_masks_and_forgets_samplings_values():
+def test_a_lower_precision_keeps_inside_the_masks_and_reads_the_values_with_the_log_probabilities():
     env = textrl.TextEnv(Brackets())
     model = small_model(env.task.vocab_size, env.task.max_prompt_tokens + env.task.max_new_tokens).bfloat16()
+    policy = CausalPolicy(model, env.task.vocab_size)
     rollout = collect_sampled(
         env,
-        CausalPolicy(model, env.task.vocab_size),
+        policy,
         16,
         rng=np.random.default_rng(0),
         generator=torch.Generator().manual_seed(0),
@@ -77,5 +78,7 @@ def test_a_lower_precision_keeps_inside_the_masks_and_forgets_samplings_values()
     single = rollout.action_mask & (rollout.allowed.sum(-1) == 1)
     assert single.any()
     assert rollout.logprobs[single].abs().max() < 1e-6  # the only token that was allowed
-    assert rollout.values is None  # one token at a time rounds otherwise than all at once
+    rows, columns, _ = rollout.places()  # one token at a time rounds otherwise than all at once
+    values = policy.hidden(rollout.tokens, rows, columns).float().sum(-1)
+    torch.testing.assert_close(rollout.values, rollout.spread(values), atol=1e-2, rtol=1e-2)
     assert rollout.drift < 0.1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -170,24 +170,40 @@ def pad_responses(
     return torch.from_numpy(tokens).to(device), prompt_lengths.to(device), mask.to(device)
 
 
-@torch.no_grad()
 def batched_logprobs(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int, masked: bool = False) -> Tensor:
-    """A policy's log-probabilities of whole responses, in batched forwards: (B, T) float32.
+    """A policy's log-probabilities of whole responses, in batched forwards: (B, T) float32; see `batched_readings`."""
+    return batched_readings(policy, rollout, tokens_at_once, masked)[0]
+
+
+@torch.no_grad()
+def batched_readings(
+    policy: CausalPolicy,
+    rollout: Rollout,
+    tokens_at_once: int,
+    masked: bool = False,
+    value: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A policy's log-probabilities of whole responses, and values from the same forwards: (B, T) float32 each.
 
     Args:
         policy: any policy over the same tokens.
         rollout: the responses.
         tokens_at_once: bound on the tokens of one forward.
         masked: whether the policy keeps inside the rollout's action masks (the reference does not).
+        value: a critic on the policy's states, (n, d) -> (n,).
     """
     out = torch.zeros_like(rollout.logprobs)
+    values = None if value is None else torch.zeros_like(out)
     for part in microbatches(rollout, tokens_at_once):
         batch = rollout.select(part)
         rows, columns, targets = batch.places()
         allowed = batch.allowed[batch.action_mask] if masked and batch.allowed is not None else None
-        logprobs, _ = policy.logprobs(policy.hidden(batch.tokens, rows, columns, batch.below), targets, allowed)
-        out[part, : batch.action_mask.shape[1]] = batch.spread(logprobs)
-    return out
+        hidden = policy.hidden(batch.tokens, rows, columns, batch.below)
+        steps = batch.action_mask.shape[1]
+        out[part, :steps] = batch.spread(policy.logprobs(hidden, targets, allowed)[0])
+        if values is not None and value is not None:
+            values[part, :steps] = batch.spread(value(hidden))
+    return out, values
 
 
 def lower_states(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> Tensor:

@@ -149,7 +149,8 @@ class _Written:
         ends: Tensor,
         value: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.policy, self.sampling, self.uniforms, self.ends, self.value = policy, sampling, uniforms, ends, value
+        self.logits, self.vocab_size = policy.sampler(), policy.vocab_size
+        self.sampling, self.uniforms, self.ends, self.value = sampling, uniforms, ends, value
         self.responses = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         self.logprobs = torch.zeros_like(uniforms)
         self.values = None if value is None else torch.zeros_like(uniforms)
@@ -160,7 +161,7 @@ class _Written:
     def draw(self, hidden: Tensor, t: int | Tensor, forbidden: Tensor | None = None) -> Tensor:
         """Draws and writes the tokens at place t, a number or (1,): what the head reads, (b, d) -> tokens (b,)."""
         uniforms = self.uniforms[self.rows, t]
-        drawn, logprobs = draw(self.policy.logits(hidden), uniforms, self.sampling, forbidden)
+        drawn, logprobs = draw(self.logits(hidden), uniforms, self.sampling, forbidden)
         self.responses[self.rows, t] = drawn
         self.logprobs[self.rows, t] = logprobs
         if self.values is not None and self.value is not None:
@@ -178,11 +179,11 @@ class _Written:
         forbidden, device = None, self.responses.device
         if allowed is not None:
             seen = torch.arange(self.responses.shape[1], device=device) < self.counts[:, None]
-            mask = allowed(torch.where(seen, self.responses, self.policy.vocab_size).cpu().numpy())
+            mask = allowed(torch.where(seen, self.responses, self.vocab_size).cpu().numpy())
             forbidden = ~torch.from_numpy(mask).to(device)[self.rows]
         if t < self.sampling.min_new_tokens:
             if forbidden is None:
-                forbidden = torch.zeros(len(self.rows), self.policy.vocab_size, dtype=torch.bool, device=device)
+                forbidden = torch.zeros(len(self.rows), self.vocab_size, dtype=torch.bool, device=device)
             longer = forbidden.clone()
             longer[:, self.ends] = True
             forbidden = torch.where(longer.all(1, keepdim=True), forbidden, longer)  # a mask may leave the end alone

@@ -42,7 +42,7 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
     """
     size = batch.group_size if by_group else 1
     total = len(batch) if by_group else max(1, batch.num_tokens)
-    out: dict[str, float] = {}
+    reports: list[tuple[float, dict[str, Tensor]]] = []
     if batch.tokens.numel() <= tokens_at_once:
         pieces = iter([replace(batch, group_size=size)])
     else:
@@ -51,8 +51,11 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         share = (len(piece) if by_group else piece.num_tokens) / total
         value, numbers = loss(piece)
         torch.autograd.backward(value * share)
-        for key, number in {"loss": value, **numbers}.items():
-            out[key] = out.get(key, 0.0) + float(number.detach()) * share
+        reports.append((share, {key: number.detach() for key, number in {"loss": value, **numbers}.items()}))
+    out: dict[str, float] = {}
+    for share, report in reports:  # only now: to read a number is to wait for a GPU
+        for key, number in report.items():
+            out[key] = out.get(key, 0.0) + float(number) * share
     return out
 
 

@@ -131,8 +131,9 @@ class Optimizer:
             for (_, master), gradient in zip(low, wide, strict=True):
                 master.grad = gradient
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        norms = [nn.utils.clip_grad_norm_(self.masters[group], limit) for group in self.groups]
-        norm = float(torch.stack(norms).norm())
+        taught = ([master for master in self.masters[group] if master.grad is not None] for group in self.groups)
+        norms = [nn.utils.clip_grad_norm_(masters, limit) for masters in taught if masters]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
         if math.isfinite(norm):
             for adam in self.adams:
                 adam.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .flat import flat_of, touched
-from .logprobs import pieces, token_logprobs
+from .logprobs import aligned, pieces, token_logprobs
 from .models import check_vocabulary as check_vocabulary
 from .models import few_threads as few_threads
 from .models import load_model as load_model
@@ -75,6 +75,14 @@ class CausalPolicy:
         head = head_of(self.model)
         logits = hidden if head is None else head(hidden)
         return logits[..., : self.vocab_size].float()  # type: ignore[no-any-return]
+
+    def sampler(self) -> Callable[[Tensor], Tensor]:
+        """`logits`, for many calls without gradients while the weights stay: a GPU's head is laid out for it once."""
+        head = head_of(self.model)
+        if self.device.type != "cuda" or type(head) is not nn.Linear or head.bias is not None or touched(head):
+            return self.logits
+        weight = aligned(head.weight[: self.vocab_size].detach())  # (W, d)
+        return lambda hidden: torch.mm(hidden, weight.t())[:, : self.vocab_size].float()
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, allowed: Tensor | None = None, entropy: bool = False

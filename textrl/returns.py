@@ -35,16 +35,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
     Places outside the mask between two of the agent's tokens (text that an environment added) are stepped over: they
     cost no discount, and a reward there counts for the token before.
     """
-    _check_sequences(gamma, 1.0, rewards=rewards, mask=mask)
-    returns = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])  # G_{t+1}
-    between = torch.zeros_like(running)  # rewards at places that are not the agent's
-    for t in reversed(range(rewards.shape[1])):
-        here = mask[:, t]
-        running = torch.where(here, rewards[:, t] + between + gamma * running, running)
-        between = torch.where(here, 0.0, between + rewards[:, t])
-        returns[:, t] = torch.where(here, running, 0.0)
-    return returns
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 def gae(
@@ -65,6 +56,9 @@ def gae(
         advantages and returns (advantages + values), both (B, T), 0 outside the mask.
     """
     _check_sequences(gamma, gae_lambda, rewards=rewards, values=values, mask=mask)
+    if rewards.device.type != "cpu":  # T small steps, each of which a GPU would take longer to start than to do
+        found = gae(rewards.cpu(), values.cpu(), mask.cpu(), gamma, gae_lambda)
+        return found[0].to(rewards.device), found[1].to(rewards.device)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[:, 0])
     value = torch.zeros_like(advantage)  # V_{t+1}: zero past the end

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .batch import Rollout as Rollout
 from .batch import batched_logprobs as batched_logprobs
+from .batch import batched_readings as batched_readings
 from .batch import lower_states
 from .batch import microbatches as microbatches
 from .batch import pad_responses as pad_responses
@@ -173,7 +174,7 @@ def sample_episodes(
     rollout, ids = _sampled(env.task, policy, rows, generator, narrow, value)
     rollout.group_size = group_size
     rollout = _scored(env.task, rollout, ids)
-    _read_whole(env, policy, rollout, tokens_at_once)
+    _read_whole(env, policy, rollout, tokens_at_once, value)
     return rollout
 
 
@@ -234,14 +235,20 @@ def _scored(task: Task, rollout: Rollout, ids: list[list[int]]) -> Rollout:
     return rollout
 
 
-def _read_whole(env: TextEnv | TextVectorEnv, policy: CausalPolicy, rollout: Rollout, tokens_at_once: int) -> None:
+def _read_whole(
+    env: TextEnv | TextVectorEnv,
+    policy: CausalPolicy,
+    rollout: Rollout,
+    tokens_at_once: int,
+    value: Callable[[Tensor], Tensor] | None,
+) -> None:
     """Adds what forwards over whole texts say: the frozen blocks' states, log-probabilities, the KL penalty."""
     if policy.frozen_blocks:
         rollout.below = lower_states(policy, rollout, tokens_at_once)
     if policy.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
-        batched = batched_logprobs(policy, rollout, tokens_at_once, masked=True)
+        batched, rollout.values = batched_readings(policy, rollout, tokens_at_once, masked=True, value=value)
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
-        rollout.logprobs, rollout.values = batched, None
+        rollout.logprobs = batched
     if env.reference is not None:
         reference = CausalPolicy(env.reference, env.task.vocab_size, env.temperature)
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):

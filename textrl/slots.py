@@ -18,7 +18,8 @@ class FlatSlots:
     """B rows of at most W tokens over a flat forward: keys and values (B, G, W, D) a layer, token i in column i."""
 
     def __init__(self, policy: CausalPolicy, flat: Flat, batch: int, width: int) -> None:
-        self.flat, self.width = flat, width
+        self.flat = flat
+        self.width = width if policy.device.type == "cpu" else -(-width // 8) * 8  # a GPU's attention wants it so
         self.every_row = torch.arange(batch, device=policy.device)
         shape = (2, flat.layers, batch, flat.groups, width, flat.head_dim)
         self.cache = torch.zeros(shape, dtype=policy.model.dtype, device=policy.device)
@@ -52,6 +53,8 @@ class FlatSlots:
             if columns.device.type == "cpu":  # elsewhere the shapes stay as they are, and nothing waits for a number
                 used = int(columns.max()) + 1
             mask = (torch.arange(used, device=columns.device) <= columns[:, None])[:, None, None]  # (B, 1, 1, W)
+            if columns.device.type != "cpu":  # what attention would make of it in every block
+                mask = torch.zeros_like(mask, dtype=self.cache.dtype).masked_fill(~mask, -torch.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache[0, layer], self.cache[1, layer]
