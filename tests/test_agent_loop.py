@@ -273,7 +273,7 @@ def test_the_score_has_its_full_weight_after_learn_even_if_it_was_ended_early():
 
 def test_the_best_checkpoint_has_the_best_mean_since_the_one_before():
     call = {"next": 10, "sum": 0.0, "count": 0, "best": None, "best_score": None}
-    agent = SimpleNamespace(call=call, num_timesteps=0)
+    agent = SimpleNamespace(call=call, num_timesteps=0, needs_dataset=False)
     due = []
     for score in (0.0, 4.0, 1.0, 2.0, 3.0, 2.0):
         agent.num_timesteps += 5
@@ -281,6 +281,9 @@ def test_the_best_checkpoint_has_the_best_mean_since_the_one_before():
     assert due == [False, True] * 3
     assert (call["best"], call["best_score"]) == (30, 2.5)  # means of 2, 1.5 and 2.5
     assert (call["sum"], call["count"], call["next"]) == (0.0, 0, 40)
+    agent.needs_dataset = True  # scores of what was logged say nothing about the policy
+    agent.num_timesteps += 10
+    assert _due(agent, {"rollout/score": 9.0}, 10) and call["best"] == 30
 
 
 def test_the_reference_forgets_what_it_read_after_every_iteration():

@@ -216,6 +216,7 @@ BAD = {
     "backoff must be at least 0; got -1": {"backoff": -1},
     "columns must be a list of names; got 'x'": {"columns": "x"},
     "columns must be a list of names; got 5": {"columns": 5},
+    "columns must be other columns than": {"columns": ["texts"]},
     "headers must be texts of one line of ASCII; got 5": {"headers": 5},
     "headers must be texts of one line of ASCII; got {'a': 'b": {"headers": {"a": "b\r\nc: d"}},
 }
@@ -229,7 +230,18 @@ def test_settings_are_checked(message):
 
 def test_addresses_and_copies():
     right = ["http://localhost", "https://a.example:8080/x?y=1", "http://[::1]:8000/"]
-    wrong = ["", "localhost", "http://", "file:///etc/passwd", "http://x:99999", "http://a b", "http://x\n", None, 3]
+    wrong = [
+        "",
+        "localhost",
+        "http://",
+        "file:///etc/passwd",
+        "http://x:99999",
+        "http://a b",
+        "http://x\n",
+        None,
+        3,
+        "http://me:key@x",
+    ]
     assert all(map(is_address, right))
     assert not any(map(is_address, wrong))
     again = pickle.loads(pickle.dumps(textrl.RemoteScore(right[0], concurrency=2)))

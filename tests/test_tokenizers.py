@@ -70,6 +70,17 @@ def test_a_critic_reads_the_text_so_far_with_its_own_tokens():
     assert len({round(value, 3) for value in expected[0]}) == 4
 
 
+def test_a_text_longer_than_the_critic_reads_loses_its_beginning():
+    model = loud_critic(5)
+    model.config.n_positions = 3
+    critic = TextCritic(model, merging_tokenizer(), Pairs())
+    found = critic(rollout_of(Pairs(), [[2, 3, 1, 2]]))[0]  # a, ab, abc, abca
+    texts = torch.tensor([[0, 3, 0], [0, 4, 0], [0, 4, 1], [0, 1, 3]])
+    with torch.no_grad():
+        expected = values_at(model, texts, torch.arange(4), torch.tensor([1, 1, 2, 2]))
+    torch.testing.assert_close(found.detach(), expected)
+
+
 def test_a_critics_value_does_not_depend_on_what_comes_next():
     task = Pairs()
     critic = TextCritic(loud_critic(5), merging_tokenizer(), task)

@@ -283,6 +283,23 @@ def test_episodes_that_a_time_limit_cuts_off_keep_their_text_and_their_rewards(m
     assert {row["prompt"] for row in rollout.rows} == {""}
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("vector", ["native", "sync"])
+def test_the_columns_of_the_rows_come_along_where_an_environment_is_stepped(vector, mode):
+    rows = [{"prompt": text, "same": text} for text in "abcd"]
+    task = Text(
+        prompts=rows, max_new_tokens=3, reward=lambda completions, same, **_: [float(ord(text)) for text in same]
+    )
+    if vector == "native":
+        envs = textrl.TextVectorEnv(task, 3, autoreset_mode=mode, max_episode_steps=2)
+    else:
+        envs = SyncVectorEnv([lambda: textrl.TextEnv(task)] * 3, autoreset_mode=mode)
+    rollout = textrl.Agent(vector_wrappers.RecordEpisodeStatistics(envs), batch_size=24, device="cpu").collect()
+    prompts = [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.prompt_lengths, strict=True)]
+    assert [task.encode(row).tolist() for row in rollout.rows] == prompts
+    assert {row["same"] for row in rollout.rows} == set("abcd")
+
+
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_a_time_limit_is_no_end(critic):
     """What a cut-off episode would have gone on to is worth what the critic says of the state it was left in."""

@@ -243,7 +243,8 @@ class Agent:
             progress_bar: shows a bar with the time left, and a row of the main numbers for every iteration.
             callback: called with the agent and the metrics after every update; returning False ends the loop.
             checkpoint_every: tokens between checkpoints in `log_dir/checkpoints`. With it, SIGINT and SIGTERM end the
-                iteration and leave a checkpoint too, and `log_dir/best` is the one with the best scores before it.
+                iteration and leave a checkpoint too, and `log_dir/best` is the one with the best scores before it; none
+                for an agent that learns from given data.
             keep: so many of the newest checkpoints stay, and the best.
             resume: goes on from the newest whole checkpoint in `log_dir`, if there is one.
 

@@ -113,6 +113,11 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         """The observation as it stands, (L,) int64, whatever a wrapper makes of it."""
         return self._tokens.copy()
 
+    @property
+    def rows(self) -> list[Row]:
+        """The row of the task that is played, a list of one; an empty row before the first reset."""
+        return [self._row]
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.int64], Info]:

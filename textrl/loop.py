@@ -179,11 +179,12 @@ def _collect(agent: Agent) -> tuple[Rollout | None, list[str], dict[str, float]]
 def _due(agent: Agent, metrics: dict[str, float], every: int | None) -> bool:
     """Whether a checkpoint is due, at timesteps that do not depend on interruptions; and whether it is the best.
 
-    The best is the one with the highest mean score of the iterations since the one before it.
+    The best is the one with the highest mean score of the iterations since the one before it; there is none where the
+    scores are those of given data.
     """
     call = agent.call
     assert call is not None and every is not None
-    if "rollout/score" in metrics:
+    if "rollout/score" in metrics and not agent.needs_dataset:
         call["sum"], call["count"] = call["sum"] + metrics["rollout/score"], call["count"] + 1
     if agent.num_timesteps < call["next"]:
         return False

@@ -28,6 +28,7 @@ ABOUT_THE_TEXTS = 500
 """The one among them that some text may be the reason of: it is worth to ask about each text alone."""
 LARGEST_ANSWER = 64 * 2**20
 BLOCK = 2**16
+SENT = ("completions", "prompts", "texts")
 
 
 class RemoteError(ValueError):
@@ -71,7 +72,7 @@ class RemoteScore:
         columns: Sequence[str] = (),
         headers: dict[str, str] | None = None,
     ) -> None:
-        check("url", url, is_address(url), 'the address of a score, "http://..." or "https://..."')
+        check("url", url, is_address(url), 'the address of a score, "http://..." or "https://...", no password in it')
         for name, value in (("timeout", timeout), ("max_backoff", max_backoff)):
             check(name, value, isinstance(value, (int, float)) and 0 < value < float("inf"), "a finite number above 0")
         check("backoff", backoff, isinstance(backoff, (int, float)) and 0 <= backoff < float("inf"), "at least 0")
@@ -83,6 +84,7 @@ class RemoteScore:
             check(name, count, isinstance(count, int) and count >= least, f"a whole number of at least {least}")
         named = not isinstance(columns, str) and isinstance(columns, Sequence)
         check("columns", columns, named and all(isinstance(each, str) for each in columns), "a list of names")
+        check("columns", columns, not {*columns} & {*SENT}, f"other columns than {list(SENT)}, which are sent anyway")
         fine = headers is None or isinstance(headers, dict)
         check("headers", headers, fine and all(map(_is_header, (headers or {}).items())), "texts of one line of ASCII")
         self.url, self.timeout, self.retries = url, timeout, retries
@@ -198,7 +200,8 @@ def is_address(url: Any) -> bool:
         return False
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        plain = bool(parts.hostname) and "@" not in parts.netloc  # a password would stand in every message
+        return parts.scheme in ("http", "https") and plain and (parts.port or 1) > 0
     except ValueError:
         return False
 

@@ -71,7 +71,7 @@ def penalty_weight(env: Any) -> float:
 @dataclass
 class _Episode:
     prompt: NDArray[np.int64]
-    row: Row = field(default_factory=dict)
+    row: Row
     actions: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -83,18 +83,16 @@ class _Episode:
     truncated: bool = False
 
     def end(self, infos: dict[str, Any], i: int, task: Task) -> None:
-        """Takes the score and the texts from what the environment said of row i, or else from what was done."""
+        """Takes the score and the text from what the environment said of row i, or else from what was done."""
         known = "score" in infos and ("_score" not in infos or bool(infos["_score"][i]))  # of this row, not of another
         if known and "completion" in infos:  # a wrapper may leave texts out
-            prompt, self.completion = infos["prompt"][i], infos["completion"][i]
+            self.completion = infos["completion"][i]
         else:
-            prompt = task.decode([self.prompt.tolist()], alone=True)[0]
             self.completion = task.decode([self.actions])[0]
-        self.row = {"prompt": prompt}
         self.score = float(infos["score"][i]) if known else sum(self.rewards)
         if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
             said = infos[FAULT][i] if FAULT in infos else None
-            self.fault = said or f"score failed for {about(prompt, self.completion)}"
+            self.fault = said or f"score failed for {about(self.row['prompt'], self.completion)}"
 
 
 def collect_stepped(
@@ -133,7 +131,7 @@ def collect_stepped(
     finished: list[list[_Episode]] = [[] for _ in range(number)]
     observations, infos = env.reset(seed=seed)
     observations = observations if vector else observations[None]
-    running: list[_Episode | None] = [_Episode(_written(o, task)) for o in observations]
+    running: list[_Episode | None] = [_begun(env, observations, i, task) for i in range(number)]
     while any(len(done) < quota for done in finished):
         actions, logprobs, masks = _finite(*act(observations))
         step = env.step(actions if vector else int(actions[0]))
@@ -141,7 +139,7 @@ def collect_stepped(
         ended = np.asarray(terminated) | np.asarray(truncated)
         for i, episode in enumerate(running):
             if episode is None:  # NEXT_STEP: this step was the reset
-                running[i] = _Episode(_written(observations[i], task))
+                running[i] = _begun(env, observations, i, task)
                 continue
             episode.actions.append(int(actions[i]))
             episode.logprobs.append(float(logprobs[i]))
@@ -161,8 +159,18 @@ def collect_stepped(
             observations = env.reset(options={"reset_mask": ended})[0] if vector else env.reset()[0][None]
         if mode != AutoresetMode.NEXT_STEP:
             for i in np.flatnonzero(ended).tolist():
-                running[i] = _Episode(_written(observations[i], task))
+                running[i] = _begun(env, observations, i, task)
     return _stack([episode for done in finished for episode in done], task, device)
+
+
+def _begun(env: Any, observations: NDArray[np.int64], i: int, task: Task) -> _Episode:
+    """The episode that has just begun in row i, with the row of the task that is played there, whatever wraps it."""
+    inner: Any = env.unwrapped
+    if isinstance(inner, gym.vector.SyncVectorEnv):
+        (row,) = inner.envs[i].unwrapped.rows  # type: ignore[attr-defined]
+    else:
+        row = inner.rows[i]
+    return _Episode(_written(observations[i], task), row)
 
 
 def _check_taken(env: Any, text: NDArray[np.int64] | None, action: int) -> None:

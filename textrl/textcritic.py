@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .models import longest_text
 from .policy import values_at
 from .rollout import Rollout
 from .task import Task
@@ -23,7 +24,7 @@ class TextCritic:
 
     A state is worth what the critic says at the end of the text so far, in its own tokens of that text alone: how a
     longer text is cut says what comes next, on which the value of a state must not depend. Where the tokens of the text
-    so far begin those of a longer one, both are read at once.
+    so far begin those of a longer one, both are read at once. A text longer than the model reads loses its beginning.
 
     Args:
         model: a scalar model.
@@ -35,6 +36,7 @@ class TextCritic:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._begin: int = begin
+        self._room = longest_text(model) - 1  # tokens after the first
         self._known: dict[tuple[tuple[int, ...], int], tuple[list[list[int]], list[tuple[int, int]]]] = {}
 
     def __call__(self, batch: Rollout) -> Tensor:
@@ -63,7 +65,7 @@ class TextCritic:
             said = self.tokenizer(before, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             texts: list[list[int]] = []
             places: list[tuple[int, int]] = []
-            for own in ([self._begin, *each] for each in reversed(said)):  # the longest first
+            for own in ([self._begin, *each[-self._room :]] for each in reversed(said)):  # the longest first
                 row = next((i for i, text in enumerate(texts) if text[: len(own)] == own), len(texts))
                 texts += [own] if row == len(texts) else []
                 places.append((row, len(own) - 1))

@@ -108,6 +108,11 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         return self._texts.tokens.copy()
 
     @property
+    def rows(self) -> list[Row]:
+        """The N rows of the task that are played; None before the first reset."""
+        return self._texts.rows.tolist()  # type: ignore[no-any-return]
+
+    @property
     def running(self) -> Bools:
         """(N,) bool: the rows whose episode goes on; the others are to be reset."""
         return ~self._over
