@@ -1,7 +1,9 @@
 """The command line: what it prints, what it leaves, and one line for what the user got wrong."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import gymnasium as gym
@@ -33,6 +35,26 @@ def test_agents_lists_every_agent_with_its_paper(capsys):
     assert code == 0
     assert re.search(r"ppo +PPO: .*Schulman 2017", out)
     assert all(name.lower() in out for name in agent_classes())
+
+
+def test_the_page_of_an_environment_and_of_an_agent(capsys):
+    code, out, _ = run(capsys, "envs", "textrl/Copy-v0")
+    assert code == 0 and out.startswith("textrl/Copy-v0\n\nRepeat the prompt") and "What it teaches: credit" in out
+    assert "symbols: the alphabet" in out
+    code, out, _ = run(capsys, "agents", "ppo")
+    assert code == 0 and "ratio  = pi(a | s) / pi_old(a | s)" in out
+    for command in ("envs", "agents"):
+        code, out, err = run(capsys, command, "Cooopy")
+        assert (code, out) == (2, "") and err.startswith(f"textrl: error: unknown {command[:-1]} 'Cooopy'; ")
+
+
+def test_a_reader_who_has_read_enough_is_no_error():
+    command = [sys.executable, "-c", "import sys; from textrl.cli import main; sys.exit(main(['agents', 'ppo']))"]
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_train_then_evaluate(capsys, tmp_path):

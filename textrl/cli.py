@@ -49,8 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = Parser(prog="textrl", description="Text generation as reinforcement learning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    commands.add_parser("envs", help="list the environments").set_defaults(run=list_envs)
-    commands.add_parser("agents", help="list the agents").set_defaults(run=list_agents)
+    envs = commands.add_parser("envs", help="list the environments, or show the page of one")
+    envs.add_argument("id", metavar="ID", nargs="?", help="whose page; default: the list")
+    envs.set_defaults(run=list_envs)
+    agents = commands.add_parser("agents", help="list the agents, or show what one of them does")
+    agents.add_argument("agent", metavar="AGENT", nargs="?", help="which; default: the list")
+    agents.set_defaults(run=list_agents)
     _train_parser(commands)
     evaluate = commands.add_parser("evaluate", help="score a trained agent on fresh episodes")
     evaluate.add_argument("folder", metavar="RUN", help="the --log-dir of a run")
@@ -75,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = one_line_warning
             code = options.run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except USER_ERRORS as error:
         sys.stderr.write(f"textrl: error: {one_line(error)}\n")
         return 2

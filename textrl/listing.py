@@ -1,4 +1,4 @@
-"""The tables of `textrl envs` and `textrl agents`."""
+"""The tables of `textrl envs` and `textrl agents`, and the page of one of them, from its docstring."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import argparse
 import inspect
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import agent_classes
+from .flags import agent_class, agent_classes, check_env_id
 from .registration import make_task, registered, task_class
+
+if TYPE_CHECKING:
+    from .agent import Agent
 
 
 def list_envs(options: argparse.Namespace) -> None:
-    """Prints the table of registered environments."""
+    """Prints the table of registered environments, or the page of one."""
+    if options.id is not None:
+        print(f"{options.id}\n\n{env_page(options.id)}")
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -25,6 +31,15 @@ def list_envs(options: argparse.Namespace) -> None:
     for id, where in registered().items():
         table.add_row(*env_cells(id, where))
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def env_page(id: str) -> str:
+    """What the docstring of an environment's task says; `module:id` imports the module first.
+
+    Raises:
+        ValueError: for an id that is not registered.
+    """
+    return inspect.getdoc(task_class(registered()[check_env_id(id)])) or "-"
 
 
 def env_cells(id: str, where: Any) -> list[str]:
@@ -54,7 +69,15 @@ def env_cells(id: str, where: Any) -> list[str]:
 
 
 def list_agents(options: argparse.Namespace) -> None:
-    """Prints every agent with the first line of its file."""
+    """Prints every agent with the first line of its file, or all that its file says of itself."""
+    if options.agent is not None:
+        print(agent_page(agent_class(options.agent)))
+        return
     for name, cls in agent_classes().items():
-        page = inspect.getmodule(cls).__doc__ or cls.__doc__ or ""  # type: ignore[union-attr]
-        print(f"{name.lower():<12} {page.strip().splitlines()[0]}")
+        print(f"{name.lower():<12} {agent_page(cls).splitlines()[0]}")
+
+
+def agent_page(cls: type[Agent]) -> str:
+    """What an agent's file says it is: its loss, its paper."""
+    module = inspect.getmodule(cls)
+    return inspect.cleandoc((module.__doc__ if module else None) or cls.__doc__ or "-")
