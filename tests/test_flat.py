@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import textrl
+import textrl.decoding
 import textrl.generation
 import textrl.policy
 import textrl.slots
@@ -22,6 +23,10 @@ from textrl.stepwise import StepwiseLM
 from textrl.trunk import frozen_blocks
 
 VOCAB = 11
+OPTIONS = [
+    {}, {"temperature": 0.6, "min_new_tokens": 3}, {"temperature": 0.6, "top_k": 7},
+    {"top_p": 0.8, "min_new_tokens": 5}, {"greedy": True},
+]  # fmt: skip
 
 
 def gpt2(**changes):
@@ -280,6 +285,53 @@ def test_attention_in_bfloat16_is_that_in_float32(form):
         torch.testing.assert_close(grad.float(), right, atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama, one key head"])
+@pytest.mark.parametrize("options", OPTIONS[1:3])
+def test_a_gpus_kernels_draw_what_the_loop_draws(name, options, monkeypatch):
+    """By Triton's interpreter, with parts so small that there are several."""
+    policy, prompts = CausalPolicy(MODELS[name](), VOCAB), [np.array([1, 2]), np.array([3])]
+
+    def sample():
+        seeded = torch.Generator().manual_seed(3)
+        return generate(policy, prompts, 6, [0], sampling=Sampling(**options), generator=seeded)
+
+    plain, used = sample(), []
+    monkeypatch.setattr(textrl.decoding, "TILE", 4)
+    monkeypatch.setattr(textrl.decoding, "BLOCK", 4)
+    monkeypatch.setitem(textrl.generation.RECORDERS, "cpu", lambda step: step)
+    for module in (textrl.slots, textrl.generation):
+        monkeypatch.setattr(module, "kernels_for", lambda name, device: used.append(1) or textrl.decoding)
+    fixed = sample()
+    assert used and plain.lengths.max() > 4
+    assert torch.equal(plain.responses, fixed.responses)
+    torch.testing.assert_close(fixed.logprobs, plain.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernels_draw_at_the_edges():
+    logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf, 1.0, 1.0, -torch.inf, 9.0]]).expand(6, 8)
+    uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.5, 0.75, 1 - 2**-24])
+    tokens, logprobs = textrl.decoding.draw_plainly(logits, 7, uniforms, 2.0)  # the last column is padding
+    assert tokens.tolist() == [1, 1, 2, 4, 5, 5]
+    torch.testing.assert_close(logprobs, torch.full((6,), 0.25).log())
+    assert not textrl.decoding.draw_plainly(logits * torch.nan, 7, uniforms, 1.0)[1].isfinite().any()
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 8), (6, 2, 6), (2, 1, 16)])
+def test_the_kernel_attends_to_what_is_written(heads, groups, dim, monkeypatch):
+    monkeypatch.setattr(textrl.decoding, "TILE", 4)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, heads + 2 * groups, dim).split([heads, groups, groups], 1)
+    keys, values = torch.randn(2, 5, groups, 11, dim)
+    columns, want = torch.tensor([0, 3, 4, 7, 10]), []
+    for i, column in enumerate(columns.tolist()):
+        past = [torch.cat([cache[i, :, :column], own[i, :, None]], 1) for cache, own in ((keys, k), (values, v))]
+        past = [x.repeat_interleave(heads // groups, 0)[None] for x in past]
+        want.append(attention(q[i][None, :, None], *past)[0, :, 0])
+    rows = torch.arange(5)
+    torch.testing.assert_close(textrl.decoding.attend(q, k, v, columns, keys, values), torch.stack(want))
+    assert torch.equal(keys[rows, :, columns], k) and torch.equal(values[rows, :, columns], v)
+
+
 def test_greedy_and_truncated_draws_agree(plainly):
     policy = CausalPolicy(gpt2(), VOCAB)
     prompts = [np.array([1, 2]), np.array([3])]
@@ -296,9 +348,7 @@ def test_greedy_and_truncated_draws_agree(plainly):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6, "top_k": 7}, {"top_p": 0.8, "min_new_tokens": 5}, {"greedy": True}]
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_step_over_fixed_tensors_draws_what_the_loop_draws(name, options, monkeypatch):
     model = MODELS[name]()
     policy, head = CausalPolicy(model, VOCAB), torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -321,7 +371,7 @@ def test_a_step_over_fixed_tensors_draws_what_the_loop_draws(name, options, monk
     assert torch.equal(plain.lengths, fixed.lengths)
     torch.testing.assert_close(fixed.logprobs, plain.logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fixed.values, plain.values, rtol=1e-5, atol=1e-5)
-    longest, started = int(plain.lengths.max()), max(2, options.get("min_new_tokens", 0))
+    longest, started = int(plain.lengths.max()), max(2, options.get("min_new_tokens", 0) + 1)
     assert longest - started <= len(steps) < longest - started + 8  # it ends within eight tokens of the last row
 
 

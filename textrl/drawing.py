@@ -46,6 +46,11 @@ class Sampling:
         ):
             check(name, value, fine, right)
 
+    @property
+    def plain(self) -> bool:
+        """Whether every token can be drawn, with its own probability."""
+        return self.top_k == 0 and self.top_p == 1 and not self.greedy
+
 
 def _within(
     value: Any, kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf

@@ -180,7 +180,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         q: queries.
         k: keys.
         v: values.
-        mask: broadcast to (B, H, Q, K): bool, who may be attended to, or (not on a CPU) what is added; None for all.
+        mask: bool, broadcast to (B, H, Q, K): who may be attended to; None for all.
         causal: query i attends to the keys up to i; Q = K.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[2] > 4 * q.shape[3]:

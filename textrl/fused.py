@@ -7,7 +7,6 @@ are written in Triton, which comes with PyTorch for GPUs.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import runs
 from .logprobs import NEVER, aligned, pieces
 
 BLOCK = 2048
@@ -149,11 +149,6 @@ def _launch(
 @functools.cache
 def works(device: torch.device) -> bool:
     """Whether the kernels compile and run on this device; where they do not, a warning says why."""
-    try:
-        hidden, targets = torch.ones(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        FusedLogprobs.apply(hidden, hidden, targets, None, 1.0, True, False)  # type: ignore[no-untyped-call]
-    except Exception as error:  # of Triton, of a compiler that is missing, of the driver
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"log-probabilities take the slow way: Triton's kernels do not run here ({why})", stacklevel=2)
-        return False
-    return True
+    hidden, targets = torch.ones(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    arguments = (hidden, hidden, targets, None, 1.0, True, False)
+    return runs(lambda: FusedLogprobs.apply(*arguments), "log-probabilities take")  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .drawing import Sampling, draw
+from .kernels import kernels_for
 from .models import check_length
 from .policy import CausalPolicy
 from .replay import CHECK_EVERY, RECORDERS, replay
@@ -19,7 +20,7 @@ from .slots import FlatSlots, slots_for
 SHRINK_AT = 0.75
 """The batch is cut down once no more than this share of its rows still run."""
 EAGER = 2
-"""Tokens that a GPU draws before the step is recorded: what is made at a first call is made then."""
+"""Tokens that a GPU draws, one of them freely, before the step is recorded: what a first call makes is made then."""
 
 
 class NotFinite(ValueError):
@@ -121,7 +122,7 @@ def generate(
             written.running &= ~torch.tensor(ended, device=device)
         if t + 1 == max_new_tokens:
             break
-        if record is not None and t + 1 >= max(EAGER, sampling.min_new_tokens):
+        if record is not None and t + 1 >= max(EAGER, sampling.min_new_tokens + 1):
             times = range(t + 1, max_new_tokens)
             replay(stepper.step, written.draw, drawn, lengths, written.running, times, record)
             break
@@ -150,6 +151,7 @@ class _Written:
         value: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.logits, self.vocab_size = policy.sampler(), policy.vocab_size
+        self.kernels = kernels_for("decoding", policy.device) if sampling.plain else None
         self.sampling, self.uniforms, self.ends, self.value = sampling, uniforms, ends, value
         self.responses = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         self.logprobs = torch.zeros_like(uniforms)
@@ -161,9 +163,14 @@ class _Written:
     def draw(self, hidden: Tensor, t: int | Tensor, forbidden: Tensor | None = None) -> Tensor:
         """Draws and writes the tokens at place t, a number or (1,): what the head reads, (b, d) -> tokens (b,)."""
         uniforms = self.uniforms[self.rows, t]
-        drawn, logprobs = draw(self.logits(hidden), uniforms, self.sampling, forbidden)
+        logits = self.logits(hidden)  # (b, V or more)
+        if self.kernels is not None and forbidden is None:
+            found = self.kernels.draw_plainly(logits, self.vocab_size, uniforms, self.sampling.temperature)
+        else:
+            found = draw(logits[:, : self.vocab_size].float(), uniforms, self.sampling, forbidden)
+        drawn: Tensor = found[0]
         self.responses[self.rows, t] = drawn
-        self.logprobs[self.rows, t] = logprobs
+        self.logprobs[self.rows, t] = found[1]
         if self.values is not None and self.value is not None:
             self.values[self.rows, t] = self.value(hidden)
         self.counts[self.rows] += self.running

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels import kernels_for
+
 CHUNK_BYTES = 16 * 2**20
 """Float32 logits are made at most this many bytes at a time: so much fits a cache, and is reused by an allocator."""
 KEEP_BYTES = 128 * 2**20
@@ -160,11 +162,5 @@ def token_logprobs(
 
 def function_for(hidden: Tensor, weight: Tensor) -> Any:
     """The fused kernels on a GPU where they run, else `TokenLogprobs`: the same numbers."""
-    if hidden.device.type == "cuda" and hidden.dtype == weight.dtype:
-        try:
-            from .fused import FusedLogprobs, works
-        except ImportError:  # no Triton
-            return TokenLogprobs
-        if works(hidden.device):
-            return FusedLogprobs
-    return TokenLogprobs
+    fused = kernels_for("fused", hidden.device) if hidden.dtype == weight.dtype else None
+    return TokenLogprobs if fused is None else fused.FusedLogprobs

@@ -77,12 +77,15 @@ class CausalPolicy:
         return logits[..., : self.vocab_size].float()  # type: ignore[no-any-return]
 
     def sampler(self) -> Callable[[Tensor], Tensor]:
-        """`logits`, for many calls without gradients while the weights stay: a GPU's head is laid out for it once."""
+        """Logits for many calls without gradients while the weights stay: (n, d) -> (n, V or more), of any dtype.
+
+        For a GPU the head is laid out once.
+        """
         head = head_of(self.model)
         if self.device.type != "cuda" or type(head) is not nn.Linear or head.bias is not None or touched(head):
             return self.logits
         weight = aligned(head.weight[: self.vocab_size].detach())  # (W, d)
-        return lambda hidden: torch.mm(hidden, weight.t())[:, : self.vocab_size].float()
+        return lambda hidden: torch.mm(hidden, weight.t())
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, allowed: Tensor | None = None, entropy: bool = False

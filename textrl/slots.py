@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from .flat import Flat, attention, flat_of
+from .flat import Attend, Flat, attention, flat_of
+from .kernels import kernels_for
 from .packed import Packed
 from .policy import CausalPolicy
 
@@ -18,10 +19,10 @@ class FlatSlots:
     """B rows of at most W tokens over a flat forward: keys and values (B, G, W, D) a layer, token i in column i."""
 
     def __init__(self, policy: CausalPolicy, flat: Flat, batch: int, width: int) -> None:
-        self.flat = flat
-        self.width = width if policy.device.type == "cpu" else -(-width // 8) * 8  # a GPU's attention wants it so
+        self.flat, self.width = flat, width
+        self.kernels = kernels_for("decoding", policy.device)
         self.every_row = torch.arange(batch, device=policy.device)
-        shape = (2, flat.layers, batch, flat.groups, width, flat.head_dim)
+        shape = (2, flat.layers, batch, flat.groups, self.width, flat.head_dim)
         self.cache = torch.zeros(shape, dtype=policy.model.dtype, device=policy.device)
 
     def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
@@ -46,6 +47,8 @@ class FlatSlots:
             columns: where it stands in its row.
             column: the same as one number where all rows agree: no mask is needed then.
         """
+        if self.kernels is not None:
+            return self._run(tokens, columns, lambda *qkv: self._attend_fused(columns, *qkv))
         used, mask = self.width, None
         if column is not None:
             used = column + 1
@@ -53,8 +56,6 @@ class FlatSlots:
             if columns.device.type == "cpu":  # elsewhere the shapes stay as they are, and nothing waits for a number
                 used = int(columns.max()) + 1
             mask = (torch.arange(used, device=columns.device) <= columns[:, None])[:, None, None]  # (B, 1, 1, W)
-            if columns.device.type != "cpu":  # what attention would make of it in every block
-                mask = torch.zeros_like(mask, dtype=self.cache.dtype).masked_fill(~mask, -torch.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache[0, layer], self.cache[1, layer]
@@ -69,7 +70,16 @@ class FlatSlots:
             keys, values = keys[:, :, :used], values[:, :, :used]
             return attention(q, keys, values, mask).flatten(1)
 
+        return self._run(tokens, columns, attend)
+
+    def _run(self, tokens: Tensor, columns: Tensor, attend: Attend) -> Tensor:
         return self.flat.run(self.flat.embed(tokens, columns), columns, attend)
+
+    def _attend_fused(self, columns: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """No mask, and no more of the cache than is written."""
+        assert self.kernels is not None
+        attended: Tensor = self.kernels.attend(q, k, v, columns, self.cache[0, layer], self.cache[1, layer])
+        return attended.flatten(1)
 
     def keep(self, rows: Tensor) -> None:
         """Drops every row but these."""
