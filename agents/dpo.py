@@ -97,7 +97,7 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_digest", "_held", "_learned", "beta")
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_given", "_digest", "_by", "_held", "_learned", "beta")
     needs_dataset = True
 
     def __init__(
@@ -111,6 +111,7 @@ class DPO(Agent):
     ) -> None:
         super().__init__(env, model, config, **settings)
         self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
+        self._given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._reference: Tensor | None = None  # (N, 2), once it is known
         self._pairs: list[tuple[list[int], list[list[int]], list[float] | None]] = []
         if dataset is not None:
@@ -121,9 +122,18 @@ class DPO(Agent):
                 warnings.warn(f"dropped {len(pairs) - len(self._pairs)} of {len(pairs)} pairs {what}", stacklevel=2)
             known = [reference for _, _, reference in self._pairs if reference is not None]
             all_or_none(len(known), len(self._pairs), f"the columns {list(REFERENCE_COLUMNS)}")
-            self._reference = torch.tensor(known) if known else None
+            self._given = torch.tensor(known) if known else None
+            check(
+                "dataset",
+                f"{len(pairs)} pairs that are alike",
+                bool(self._pairs),
+                "pairs that differ within the horizon",
+            )
+        self._reference = self._given
         self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
         self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
+        held_by = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
+        self._best_of = self._by = f"{self._digest} {held_by}"  # which pairs, held out how, under which loss
         order, repeats = self._shuffled_pairs()
         held = round(self.config.held_out * len(self._pairs))
         held = int(repeats[repeats <= held].max(initial=0)) if held >= FEWEST else 0
@@ -175,10 +185,15 @@ class DPO(Agent):
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
-        if self._reference is None or self._reference_of != self._digest:
-            self._reference, self._reference_of = torch.full((len(self._pairs), 2), torch.nan), self._digest
-            self.best, self.best_loss = [], math.inf
-            self._epochs = Epochs(self.generator)
+        if self._given is not None:  # before what a loaded agent knew
+            self._reference = self._given
+        elif self._reference is None or self._reference_of != self._digest:
+            self._reference = torch.full((len(self._pairs), 2), torch.nan)
+        if self._reference_of != self._digest:
+            self._reference_of, self._epochs = self._digest, Epochs(self.generator)
+        fit = [tuple(weight.shape) for weight in self.best] == [tuple(m.shape) for m in self.optimizer.masters]
+        if self._best_of != self._by or (self.best and not fit):
+            self._best_of, self.best, self.best_loss = self._by, [], math.inf
         indices = self._learned[self._epochs.take(self.config.batch_size, len(self._learned))]
         return self._rollout(indices, self._known(indices if self.base.reference else torch.arange(len(self._pairs))))
 

@@ -28,6 +28,7 @@ from textrl import checkpoint, fetch
 from textrl.disk import read_json
 from textrl.env import TextEnv
 from textrl.flags import RUN
+from textrl.models import cast
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.render import escape
@@ -65,7 +66,7 @@ class _Run:
         parameters = sum(p.numel() for p in base.parameters())
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device, parameters)
-        self.base: PreTrainedModel = base.to(self.device, self.dtype)
+        self.base: PreTrainedModel = cast(base, self.dtype, self.device)
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
         self._choose_data()
@@ -174,12 +175,12 @@ class _Run:
 
     def load(self, name: str) -> PreTrainedModel:
         """The language model that a step left."""
-        return load_model(self.folder / name).to(self.device, self.dtype)
+        return load_model(self.folder / name, dtype=self.dtype, device=self.device)
 
     def scorer(self) -> RewardModel:
         """The reward model that step 2 left."""
         model = RewardModel.load(self.folder / "reward_model")
-        model.model.to(self.device, self.dtype)
+        cast(model.model, self.dtype, self.device)
         return model
 
     def shared(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import textrl
 from textrl.agents import PPO, REINFORCE, SFT
 from textrl.drawing import Sampling, draw
+from textrl.envs.copy import Copy
 from textrl.generation import generate
 from textrl.optim import Optimizer
 from textrl.policy import (
@@ -431,6 +432,28 @@ def test_frozen_lower_blocks_run_once_to_the_same_effect():
     torch.testing.assert_close(
         rollout.ref_logprobs[rollout.action_mask], want[rows, columns, targets], atol=1e-5, rtol=1e-4
     )
+
+
+def test_a_lower_precision_leaves_the_turns_of_far_places_alone(tmp_path):
+    llama().bfloat16().save_pretrained(tmp_path)
+    Copy().tokenizer.save_pretrained(tmp_path)
+    env = textrl.TextEnv(Copy(), reference=str(tmp_path), kl_coef=0.1)
+    agent = PPO(env, llama(), dtype="bfloat16", device="cpu")
+    scorer = RewardModel.from_language_model(agent.model, agent.tokenizer)
+    exact = llama().model.rotary_emb.inv_freq
+    for model in (env.reference, agent.model, agent.critic, scorer.model):
+        assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
+def test_a_critic_runs_its_frozen_blocks_where_nobody_else_has():
+    env = textrl.TextEnv(Copy(), reference=llama(), kl_coef=0.1)
+    agent = PPO(env, llama(), trainable_layers=1, batch_size=8, device="cpu", learning_rate=1e-2)
+    agent.learn(60)
+    rollout = agent.collect()
+    assert rollout.below is not None and agent.policy.frozen_blocks
+    alone = replace(rollout, below=None)
+    torch.testing.assert_close(agent.value(alone), agent.value(rollout))
+    assert agent.value(alone).abs().max() > 1e-3
 
 
 def test_one_metric_a_name():

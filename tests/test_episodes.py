@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 minari = pytest.importorskip("minari")
 
 import textrl  # noqa: E402
+from textrl.agents import BPO, REINFORCE  # noqa: E402
 from textrl.collecting import collect  # noqa: E402
 from textrl.envs.copy import Copy  # noqa: E402
 from textrl.episodes import as_episodes, open_dataset, read_episodes  # noqa: E402
@@ -220,6 +223,32 @@ def test_what_a_wrapper_pays_is_what_is_logged(tmp_path: Path, kl_coef: float) -
         kl = (found.logprobs - found.ref_logprobs).sum(1)
         assert torch.allclose(found.scores, -plain.scores + 2 * kl_coef * kl, atol=1e-4)
         assert not torch.allclose(found.scores, plain.scores)
+
+
+def test_a_time_limit_is_logged_and_the_environment_left_as_it_was(tmp_path: Path) -> None:
+    env = gym.wrappers.TimeLimit(textrl.TextEnv(Copy()), 2)
+    found = read_episodes(collect(env, small_model(4, 8), 20, tmp_path / "cut"))
+    assert found.truncated is not None and 0 < found.truncated.sum() < 20
+    assert not (found.truncated & found.stopped).any()
+    assert env.unwrapped.policy is None  # type: ignore[attr-defined]
+    for episode in minari.MinariDataset(tmp_path / "cut" / "data").iterate_episodes():
+        assert episode.terminations[-1] != episode.truncations[-1]
+
+
+def tall(task: Any, layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(layers)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": layers, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=task.vocab_size, bos_token_id=0, eos_token_id=0, **shape))
+
+
+def test_what_another_agents_model_made_of_a_rollout_stays_behind() -> None:
+    task = Copy(length=2)
+    other = REINFORCE(textrl.TextEnv(task), tall(task, 3), trainable_layers=1, batch_size=8, device="cpu")
+    rollout = other.collect()
+    assert rollout.below is not None
+    for dataset in (rollout, replace(rollout, below=None)):
+        agent = BPO(textrl.TextEnv(task), tall(task, 2), trainable_layers=1, dataset=dataset, device="cpu")
+        assert agent._logged is not None and agent._logged.below is None
 
 
 def test_a_dataset_of_other_tokens_is_refused(tmp_path: Path) -> None:

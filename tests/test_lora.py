@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import textrl
-from textrl.adapters import add_adapter, base_weights, has_adapter, lies_at, share_base, twin
+from textrl.adapters import adapted_critic, add_adapter, base_weights, has_adapter, lies_at, share_base, twin
 from textrl.agents import A2C, DPO, GRPO, NLPO, PPO, REINFORCE, SFT, TRPO
-from textrl.policy import CausalPolicy, small_model
+from textrl.policy import CausalPolicy, load_model, small_model
 from textrl.rewards import RewardModel
 from textrl.rollout import batched_logprobs
 
@@ -214,6 +214,65 @@ def test_what_is_wrong_is_said():
         PPO(environment(base), base, peft_config={"r": 4})
     with pytest.raises(ValueError, match="trainable_layers must be None for a model with an adapter"):
         PPO(environment(base), base, peft_config=lora(), trainable_layers=1)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda"])
+def test_adapters_that_change_the_base_are_refused(start):
+    with pytest.raises(ValueError, match=rf"peft_config.init_lora_weights must be one that leaves .*; got '{start}'"):
+        PPO(environment(None, 0.0), small_model(4, 8), peft_config=lora(init_lora_weights=start))
+    with pytest.raises(ValueError, match=r"peft_config.bias must be \"none\"; got 'all'"):
+        PPO(environment(None, 0.0), small_model(4, 8), peft_config=lora(bias="all"))
+
+
+KINDS = {
+    "lora": lambda: lora(fan_in_fan_out=False),
+    "dora": lambda: lora(fan_in_fan_out=False, use_dora=True),
+    "norms": lambda: lora(fan_in_fan_out=False, modules_to_save=["norm"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_merged_and_loaded_as_it_is(kind, tmp_path):
+    examples = [{"prompt": "a", "completion": "bb"}]
+    settings = {"learning_rate": 3e-2, "batch_size": 4, "device": "cpu"}
+    agent = SFT(environment(None, 0.0), llama(), dataset=examples, peft_config=KINDS[kind](), **settings).learn(300)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    with torch.no_grad():
+        want = agent.model.base_model(input_ids=tokens).last_hidden_state
+        scorer = RewardModel.from_language_model(agent.model, agent.tokenizer)
+        torch.testing.assert_close(scorer.model.base_model(input_ids=tokens).last_hidden_state, want)
+        assert not torch.allclose(llama().base_model(input_ids=tokens).last_hidden_state, want, atol=1e-2)
+        agent.save(tmp_path / "agent")
+        loaded = load_model(tmp_path / "agent")
+        torch.testing.assert_close(loaded.base_model(input_ids=tokens).last_hidden_state, want)
+    with pytest.raises(ValueError, match="model must be a whole one, as from_language_model makes it"):
+        RewardModel(adapted_critic(agent.model, agent.model), agent.tokenizer)
+
+
+def test_the_base_is_kept_where_an_agent_is_saved_over_it(tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    Letters().tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "agent.json").write_text("{}")
+    agent = REINFORCE(
+        environment(None, 0.0), AutoModelForCausalLM.from_pretrained(tmp_path / "model"), peft_config=lora()
+    )
+    agent.save(tmp_path / "model")
+    again = REINFORCE.load(tmp_path / "model", environment(None, 0.0))
+    for name, weight in base_weights(agent.model).items():
+        assert torch.equal(weight, base_weights(again.model)[name])
+
+
+def test_a_critics_own_tokenizer_is_asked_for_where_only_its_adapter_is_saved(tmp_path):
+    other = textrl.symbol_tokenizer("cab")
+    env = environment(None, 0.0)
+    scorer = RewardModel.from_language_model(llama(), other)
+    agent = PPO(env, llama(), peft_config=lora(fan_in_fan_out=False), critic=scorer, batch_size=4, device="cpu")
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="whose critic has a tokenizer of its own: give critic="):
+        PPO.load(tmp_path / "agent", env)
+    rollout = agent.collect()
+    assert torch.equal(PPO.load(tmp_path / "agent", env, critic=scorer).value(rollout), agent.value(rollout))
 
 
 def test_the_exact_answer_takes_a_peft_model(tmp_path):

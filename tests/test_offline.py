@@ -345,6 +345,39 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     )  # too few to tell
 
 
+@pytest.mark.parametrize(
+    "changed", [{"beta": 0.01}, {"loss": "ipo"}, {"seed": 7}, {"held_out": 0.4}, {"trainable_layers": 1}]
+)
+def test_a_loaded_dpo_does_not_measure_by_another_loss_or_other_pairs_held_out(changed, tmp_path) -> None:
+    pairs = [
+        {"prompt": p, "chosen": p * n, "rejected": "c" * m} for p in "ab" for n in (1, 2, 3) for m in (1, 2, 3)
+    ] * 4
+    env = textrl.TextEnv(Weighted(), reference=small_model(4, 8, 3).requires_grad_(False), kl_coef=0.5)
+    agent = DPO(env, small_model(4, 8, 3), dataset=pairs, held_out=0.3, batch_size=8, device="cpu", learning_rate=1e-3)
+    agent.learn(2000).save(tmp_path / "agent")
+    start = [p.detach().clone() for p in agent.model.parameters()]
+    again = DPO.load(tmp_path / "agent", env, dataset=pairs, learning_rate=1e-2, **changed)
+    again.learn(1000)
+    assert any(not torch.equal(a, b) for a, b in zip(start, again.model.parameters(), strict=True))
+    again._look()
+    assert again.held_out_loss == pytest.approx(again.best_loss, abs=1e-5)
+
+
+def test_columns_of_the_reference_go_before_what_a_loaded_agent_knew(tmp_path) -> None:
+    pairs = [{"prompt": "a", "chosen": "a", "rejected": "b", "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
+    env = textrl.TextEnv(Weighted())
+    DPO(env, dataset=pairs, batch_size=1, device="cpu").learn(1).save(tmp_path / "agent")
+    others = [{**pairs[0], "ref_chosen_logps": -3.0}, {**pairs[0], "chosen": "c", "ref_rejected_logps": -7.0}]
+    agent = DPO.load(tmp_path / "agent", env, dataset=others)
+    found = {tuple(row["ref_logprob"] for row in agent.collect().rows) for _ in range(4)}
+    assert found == {(-3.0, -2.0), (-1.0, -7.0)}
+
+
+def test_pairs_that_are_all_alike_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="dataset must be pairs that differ within the horizon; got '2 pairs that are"):
+        DPO(textrl.TextEnv(Weighted()), dataset=[{"prompt": "a", "chosen": "a", "rejected": "a"}] * 2)
+
+
 def test_pairs_held_out_are_none_of_those_learned_from() -> None:
     rows = [{"prompt": "", "chosen": a, "rejected": b} for a in ("a", "ab", "c") for b in ("b", "bc", "cb")]
     turned = [{"prompt": "", "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]

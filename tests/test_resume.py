@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import textrl
-from textrl import agents
+from textrl import agents, state
 from textrl.agents import REINFORCE, SFT
 from textrl.checkpoint import CheckpointError
 from textrl.envs.copy import Copy
@@ -181,6 +181,32 @@ def test_checkpoints_keep_the_last_few_and_the_best(tmp_path):
     assert (tmp_path / "best").resolve() == checkpoints.path(best)
     loaded = agents.REINFORCE.load(tmp_path / "best", sampled())
     assert loaded.num_timesteps == best
+
+
+def test_numbers_of_numpy_come_back_as_they_were():
+    tensors = {}
+    packed = state.pack([np.float64(0.1), np.int64(3), 0.1, True], tensors)
+    found = state.unpack(json.loads(json.dumps(packed)), tensors, torch.device("cpu"))
+    assert found == [0.1, 3, 0.1, True] and [type(each).__name__ for each in found][2:] == ["float", "bool"]
+    assert (np.float32(1) * found[0]).dtype == np.float64
+
+
+class Two(agents.REINFORCE):
+    name = "model_b"
+
+    def build(self):
+        super().build()
+        self.modules[self.name] = self.other = torch.nn.Linear(2, 2)
+
+
+def test_modules_of_an_authors_own_have_names_of_their_own(tmp_path, monkeypatch):
+    agent = Two(sampled(), device="cpu")
+    agent.save(tmp_path / "agent")
+    assert torch.equal(Two.load(tmp_path / "agent", sampled()).other.weight, agent.other.weight)
+    monkeypatch.setattr(Two, "name", "state")
+    with pytest.raises(ValueError, match="modules must be modules under other names than those of the policy's files"):
+        Two(sampled(), device="cpu").save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_no_pickle_and_nothing_left_over(tmp_path):

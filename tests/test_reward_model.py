@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textrl
+from textrl.envs.copy import Copy
 from textrl.policy import load_model, small_model
 from textrl.reward_training import _Training
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
@@ -68,6 +69,23 @@ def test_a_training_does_not_go_on_with_the_checkpoints_of_another(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000000008"] != kept
 
 
+def test_a_checkpoint_keeps_how_texts_are_read_and_a_copy_does_not(tmp_path):
+    tokenizer = textrl.symbol_tokenizer("abc")
+    scorer = RewardModel.from_language_model(small_model(4, 16), tokenizer, max_length=4, special_tokens=True)
+    scorer.mean, scorer.std = 3.0, 2.0
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
+    train_reward_model(scorer, pairs, RewardModelConfig(batch_size=4), log_dir=tmp_path, checkpoint_every=4)
+    found = RewardModel.load(tmp_path / "best")
+    assert (found.max_length, found.special_tokens, found.mean, found.std) == (4, True, 3.0, 2.0)
+    scorer.max_length = 5
+    with pytest.raises(ValueError, match="holds a training with another options"):
+        train_reward_model(
+            scorer, pairs, RewardModelConfig(batch_size=4), log_dir=tmp_path, checkpoint_every=4, resume=True
+        )
+    fresh = RewardModel.from_language_model(found.model, tokenizer)
+    assert (fresh.mean, fresh.std) == (0.0, 1.0)
+
+
 def test_a_folder_of_something_else_is_neither_read_nor_written_over(tmp_path):
     tokenizer = textrl.symbol_tokenizer("abc")
     config = LlamaConfig(
@@ -79,11 +97,16 @@ def test_a_folder_of_something_else_is_neither_read_nor_written_over(tmp_path):
         RewardModel.load(tmp_path / "lm")
     scorer = RewardModel.from_language_model(LlamaForCausalLM(config), tokenizer)
     scorer.save(tmp_path / "scorer")
-    with pytest.raises(ValueError, match=r"scorer' has no weights for lm_head.weight: it is a model of another kind"):
+    with pytest.raises(ValueError, match=r"scorer' has a head for scores \(score.weight\): it is a model of"):
         load_model(tmp_path / "scorer")
     with pytest.raises(ValueError, match=r"folder must be empty, new, or hold agent.json"):
         scorer.save(tmp_path / "lm")
     scorer.save(tmp_path / "scorer")
+    textrl.Agent(textrl.TextEnv(Copy()), LlamaForCausalLM(config)).save(tmp_path / "agent")
+    with pytest.raises(
+        ValueError, match=r"folder must be a new folder or that of a reward model: there is an agent in"
+    ):
+        scorer.save(tmp_path / "agent")
     config.num_labels = 2
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import textrl
 import textrl.wrappers
 from textrl.agents import DPO, PPO
+from textrl.codec import Codec
 from textrl.offline import given_rollout
 from textrl.policy import small_model, value_model, values_at
 from textrl.rewards import RewardModel
@@ -107,7 +108,7 @@ def test_the_critic_of_ppo_keeps_the_reward_models_tokenizer(tmp_path):
         again = PPO.load(tmp_path / "agent", env, **given)
         assert isinstance(again.value, TextCritic)
         assert torch.equal(again.value(rollout), agent.value(rollout))
-    with pytest.raises(ValueError, match=r"agent/critic' holds the weights of another model \(size mismatch .*\)$"):
+    with pytest.raises(ValueError, match=r"holds an agent whose critic has a tokenizer of its own: give critic=$"):
         PPO.load(tmp_path / "agent", env, critic=small_model(4, 8))
     shared = PPO(env, small_model(4, 8), critic=RewardModel(loud_critic(4), env.task.tokenizer), device="cpu")
     assert not isinstance(shared.value, TextCritic)
@@ -194,6 +195,17 @@ def spaced_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_letter_without_a_space_of_its_own_hides_nothing():
+    """Where "a" is the two tokens of a space and a letter, the letter alone says nothing of spaces."""
+    words = ["<s>", "</s>", "<unk>", "\u2581the", "\u2581movie", "\u2581", "a"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert tokenizer("a")["input_ids"] == [5, 6]
+    assert Codec(tokenizer).decode([[4], [3, 4], [6]]) == [" movie", " the movie", "a"]
+    assert Codec(tokenizer).decode([[3, 4]], alone=True) == ["the movie"]
 
 
 def test_a_response_keeps_the_space_that_it_begins_with():

@@ -324,6 +324,20 @@ def test_a_time_limit_is_no_end(critic):
             assert float(found.advantages[i, t]) == pytest.approx(advantage, abs=1e-5)
 
 
+def test_the_score_of_what_a_time_limit_cuts_off_is_without_the_penalty():
+    for make in (
+        lambda: gym.wrappers.TimeLimit(textrl.TextEnv(Copy(), reference=tiny(Copy(), 3), kl_coef=0.5), 2),
+        lambda: gym.make_vec(
+            "textrl/Copy-v0", num_envs=4, vectorization_mode="sync", reference=tiny(Copy(), 3), kl_coef=0.5,
+            wrappers=[lambda env: gym.wrappers.TimeLimit(env, 2)],
+        ),
+    ):  # fmt: skip
+        rollout = textrl.Agent(make(), batch_size=16, device="cpu").collect()
+        assert 0 < rollout.truncated.sum() < 16
+        assert rollout.scores[rollout.truncated].abs().max() < 1e-5  # a task pays at the end
+        assert rollout.rewards.sum(1)[rollout.truncated].abs().max() > 1e-3
+
+
 def test_a_learned_baseline_counts_what_a_cut_off_episode_would_have_gone_on_to():
     env = gym.wrappers.TimeLimit(textrl.TextEnv(Copy()), 2)
     agent = REINFORCE(env, baseline="value", batch_size=16, device="cpu", learning_rate=1e-2).learn(200)

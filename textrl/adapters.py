@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from .config import check
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -78,17 +80,25 @@ def base_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def merged_weights(trunk: nn.Module) -> dict[str, Tensor]:
-    """The state of a trunk with adapter layers as one without: each base weight with what its adapter adds to it."""
+    """The state of a trunk with adapter layers as one without: each base weight with what its adapter makes of it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
-    layers = {name: module for name, module in trunk.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers = {
+        name: module
+        for name, module in trunk.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
     inside = tuple(f"{name}." for name in layers)
     merged = {name: value.clone() for name, value in trunk.state_dict().items() if not name.startswith(inside)}
     for name, layer in layers.items():
-        state = layer.get_base_layer().state_dict()
-        merged.update({f"{name}.{key}": value.clone() for key, value in state.items()})
-        for adapter in layer.active_adapters:
-            merged[f"{name}.weight"] += layer.get_delta_weight(adapter).to(merged[f"{name}.weight"])
+        if isinstance(layer, BaseTunerLayer):
+            alone: Any = copy.deepcopy(layer)  # merging writes into the base
+            alone.merge()
+            whole = alone.get_base_layer()
+        else:
+            whole = layer.modules_to_save[layer.active_adapters[0]]
+        merged.update({f"{name}.{key}": value.clone() for key, value in whole.state_dict().items()})
     return merged
 
 
@@ -115,6 +125,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Pr
     peft = import_peft()
     if not isinstance(config, peft.PeftConfig) or config.is_prompt_learning:
         raise ValueError(f"peft_config must be a config of peft for adapters in layers (LoraConfig); got {config!r}")
+    _check_kind(config)
     if has_adapter(model):
         raise ValueError(
             "peft_config must be left out for a model that has an adapter: that one learns on, and as it was at the"
@@ -126,6 +137,22 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Pr
         torch.manual_seed(seed)
         adapted.add_adapter(config)
     return learn_adapter(adapted).eval()  # type: ignore[no-any-return]  # no dropout in the new layers
+
+
+def _check_kind(config: PeftConfig) -> None:
+    """Refuses adapters that change the base weights, which others share, or are not only in layers of their own.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    changes = isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq"))
+    for name, fine, right in (
+        ("init_lora_weights", not changes, "one that leaves the base weights as they are (True)"),
+        ("bias", getattr(config, "bias", "none") == "none", '"none"'),
+        ("trainable_token_indices", getattr(config, "trainable_token_indices", None) is None, "None"),
+    ):
+        check(f"peft_config.{name}", getattr(config, name, None), fine, right)
 
 
 def learn_adapter(model: PreTrainedModel) -> PreTrainedModel:
@@ -218,6 +245,7 @@ def load_adapted(folder: Path, reference: PreTrainedModel | None = None) -> PreT
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model.load_adapter(str(folder), is_trainable=True)
+    load_adapter_weights(model, folder)  # of some kinds transformers leaves a part out
     return model
 
 
@@ -231,7 +259,8 @@ def save_adapter(model: PreTrainedModel, folder: Path, final: Path) -> None:
     """
     model.save_pretrained(folder)
     name = str(model.config._name_or_path or "")
-    if not name or Path(name).name == BASE or not lies_at(model, name):
+    replaced = final.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)  # by what is written here
+    if not name or Path(name).name == BASE or replaced or not lies_at(model, name):
         base = _without_adapter(model)
         base.save_pretrained(folder / BASE)
         name = str(final.resolve() / BASE)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from . import state
 from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
+from .config import check
 from .disk import file_hash as file_hash
 from .disk import read_json
 from .disk import sync as sync
@@ -165,7 +166,7 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
     """Puts the weights that `save_module` wrote into a module of the same form."""
     whole = isinstance(module, PreTrainedModel)  # a large one is written in several files, what is tied once
     where = folder / (name if whole else f"{name}.safetensors")
-    files = sorted(where.glob("model*.safetensors")) if whole else [where]
+    files = [*where.glob("model.safetensors"), *where.glob("model-*-of-*.safetensors")] if whole else [where]
     put_back(module, {key: weight for file in files for key, weight in load_file(file).items()}, where)
 
 
@@ -193,6 +194,8 @@ def save_agent(agent: Agent, folder: Path) -> None:
     """
     with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
+            taken = name in ("state", "model", "adapter_model") or name.startswith("model-")
+            check("modules", name, not taken, "modules under other names than those of the policy's files")
             if not has_adapter(module):
                 save_module(module, part, "" if name == "policy" else name)
             elif name == "policy":
@@ -216,6 +219,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
             "num_timesteps": agent.num_timesteps,
             "num_updates": agent.num_updates,
             "kl_coef": agent.base.kl_coef,
+            "tokenizers": sorted(agent.tokenizers),
         }
         write_manifest(part, facts)
 
@@ -245,6 +249,11 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
     if (others := [name for name in differing if name != BOUND]) and not new_settings:
         raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(others)}")
+    for name in manifest.get("tokenizers", ()):
+        if name not in agent.tokenizers:
+            raise ValueError(
+                f"folder {str(folder)!r} holds an agent whose {name} has a tokenizer of its own: give {name}="
+            )
     for name, module in agent.modules.items():
         if not has_adapter(module):
             load_module(module, folder, "" if name == "policy" else name)

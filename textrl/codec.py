@@ -15,6 +15,8 @@ from .symbols import symbols_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TRIED = 1000
+"""Tokens that are tried, about, to see how a tokenizer decodes."""
 REMEMBERED = 20_000
 """Prompts whose ids are kept at most."""
 
@@ -91,5 +93,13 @@ class Codec:
             except Exception:  # a vocabulary without this letter
                 continue
             if ids and self._decoded([ids[-1:]]) == [letter]:
-                return [] if self._decoded([ids[-1:] * 2]) == [2 * letter] else ids[-1:]
+                return ids[-1:] if self._loses_space(ids[-1:]) else []
         return []
+
+    def _loses_space(self, before: list[int]) -> bool:
+        """Whether some token says another thing at the start of a text than after a letter."""
+        size = len(self._tokenizer)
+        some = range(0, size, max(1, size // TRIED))
+        alone, after = self._decoded([[i] for i in some]), self._decoded([[*before, i] for i in some])
+        (lead,) = self._decoded([before])
+        return any(lead + one != both for one, both in zip(alone, after, strict=True))

@@ -22,13 +22,14 @@ from torch import Tensor
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
 from .drawing import Sampling, draw
-from .env import observation_space
+from .env import TextEnv, observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
 from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
 from .stepping import Act, action_masks, collect_stepped, penalty_weight
 from .stepwise import StepwiseLM
 from .task import Task
+from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -75,7 +76,7 @@ def collect(
         raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
     stepper = StepwiseLM(policy, base.task.vocab_size)
     storage: Any = None  # made when there is something to write
-    with few_threads(lm), _whole(folder):
+    with few_threads(lm), _whole(folder), _as_it_was(base):
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
             if is_bare(env):
@@ -99,6 +100,16 @@ def collect(
                 storage = _new_storage(dataset, env, type(model).__name__)
             storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
+
+
+@contextmanager
+def _as_it_was(base: TextEnv | TextVectorEnv) -> Iterator[None]:
+    """Puts the environment's policy back: whoever steps it next is another."""
+    before = base.policy
+    try:
+        yield
+    finally:
+        base.policy = before
 
 
 def _paid(rollout: Rollout, kl_coef: float) -> Tensor:
@@ -188,6 +199,7 @@ def _buffers(rollout: Rollout, task: Task) -> Iterator[Any]:
     columns = {"logprob": moved.logprobs.numpy()}
     if moved.ref_logprobs is not None:
         columns["ref_logprob"] = moved.ref_logprobs.numpy()
+    cut_off = [False] * len(starts) if moved.truncated is None else moved.truncated.tolist()
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = moved.tokens[i, : start + length].numpy()
         observations = np.full((length + 1, *space.shape), task.vocab_size, dtype=np.int64)  # (n + 1, L)
@@ -202,7 +214,7 @@ def _buffers(rollout: Rollout, task: Task) -> Iterator[Any]:
             observations=observations,
             actions=tokens[start:],
             rewards=moved.rewards[i, :length].numpy(),
-            terminations=ended,
-            truncations=np.zeros(length, dtype=np.bool_),
+            terminations=ended & (not cut_off[i]),
+            truncations=ended & cut_off[i],
             infos=infos,
         )

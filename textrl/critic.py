@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import adapted_critic, has_adapter
+from .models import cast
 from .offline import given_rollout
 from .policy import CausalPolicy, train_last_layers, value_model, values_at
 from .returns import explained_variance, gae, masked_mean, whiten
@@ -40,7 +41,7 @@ class Critic:
         if has_adapter(policy.model):  # the base weights of its start, and an adapter of its own
             self.model = adapted_critic(policy.model, start).to(device=policy.device)
         else:
-            self.model = value_model(start).to(device=policy.device, dtype=policy.model.dtype)
+            self.model = cast(value_model(start), policy.model.dtype, policy.device)
             train_last_layers(self.model, trainable_layers)
         self._blocks = policy.frozen_blocks if same_blocks(policy.model, self.model, policy.frozen_blocks) else 0
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .kernels import runs
 
-TILE = 64
+TILE = 16
 """Places of the cache that are read at a time."""
 BLOCK = 2048
 """Logits that are read at a time."""
@@ -113,7 +113,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, value
     out = q.new_empty(batch, heads, dim)
     _attend[(batch * heads,)](
         q, k, v, columns, keys, values, out, q.stride(0), k.stride(0), v.stride(0), dim**-0.5, heads, groups,
-        D=dim, LANES=triton.next_power_of_2(dim), W=keys.shape[2], TILE=TILE, num_warps=4,
+        D=dim, LANES=triton.next_power_of_2(dim), W=keys.shape[2], TILE=TILE, num_warps=1,
     )  # fmt: skip
     return out
 

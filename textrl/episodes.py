@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ def read_episodes(
         completions=[] if task is None else task.decode(responses),
     )
     rollout.rewards = rollout.spread(_flat([episode.rewards for episode in episodes]))
+    cut_off = [bool(episode.truncations[-1]) for episode in episodes]
+    rollout.truncated = torch.tensor(cut_off) if any(cut_off) else None
     for name, column in (("logprobs", "logprob"), ("ref_logprobs", "ref_logprob")):
         if all(episode.infos and column in episode.infos for episode in episodes):
             setattr(rollout, name, rollout.spread(_flat([e.infos[column][-len(e) :] for e in episodes])))
@@ -119,8 +122,9 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     Raises:
         ValueError: for anything else, naming the row.
     """
-    if isinstance(source, Rollout):
-        return on_device(source, device)
+    if isinstance(source, Rollout):  # what another agent's model made of it stays behind
+        mine = replace(source, below=None, values=None, advantages=None, returns=None)
+        return on_device(mine, device)
     if isinstance(source, (str, Path)) and not is_file_name(source) and os.path.isfile(source):
         raise InputError(f"dataset must be a Minari dataset's folder or id, or {FILE_OF_ROWS}; got {found_at(source)}")
     if (isinstance(source, (str, Path)) and not is_file_name(source)) or type(source).__name__ == "MinariDataset":

@@ -29,6 +29,8 @@ from .tabular import Rows, register_tabular
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+SCORE_SETTINGS = ("score_mean", "score_std", "score_options")
+"""What a `RewardModel` keeps in its model's config."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,11 +94,31 @@ def small_model(vocab_size: int, max_length: int, seed: int = 0, **changes: Any)
         return without_dropout(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})))
 
 
+def cast(model: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> Any:
+    """The same model with its weights in a dtype, on a device; None leaves them.
+
+    What `from_pretrained` does not cast either stays as it is: buffers that are not saved, the frequencies of rotary
+    positions among them, which bfloat16 would round until far places are turned another way.
+    """
+    kept = [(m, name, m._buffers[name]) for m in model.modules() for name in m._non_persistent_buffers_set]
+    model = model.to(device=device, dtype=dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = None if buffer is None else buffer.to(device=device)
+    return model
+
+
 def without_dropout(model: PreTrainedModel) -> Any:
     """The same model, in eval mode and with every dropout at 0: RLHF wants the same answer twice."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in (
+            "attention_dropout",
+            "activation_dropout",
+            "dropout",
+        ):  # of attention that is given a number in training mode
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model.eval()
 
 
@@ -131,7 +153,7 @@ def load_model(
         )
     if tokenizer is not None:
         check_vocabulary(model, tokenizer, called)
-    model = without_dropout(model).to(device=device, dtype=dtype)
+    model = cast(without_dropout(model), dtype, device)
     if frozen:
         model.requires_grad_(False)
     return model
@@ -256,13 +278,16 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     check("model", model, isinstance(model, PreTrainedModel), "a language model or a scalar model")
     config = copy.deepcopy(model.config)
     config.num_labels = 1
+    for name in SCORE_SETTINGS:  # of a reward model whose trunk this is to be
+        if hasattr(config, name):
+            delattr(config, name)
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     with torch.random.fork_rng(devices=[]):
         scalar = AutoModelForSequenceClassification.from_config(config)
     trunk = model.base_model
     scalar.base_model.load_state_dict(merged_weights(trunk) if has_adapter(model) else trunk.state_dict())
-    scalar = without_dropout(scalar).to(device=model.device, dtype=model.dtype)
+    scalar = cast(without_dropout(scalar), model.dtype, model.device)
     weight = scalar.score.weight
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -286,6 +311,9 @@ def _check_whole(name: str, report: dict[str, Any]) -> None:
         ValueError: naming weights that are missing.
     """
     missing = sorted(report["missing_keys"])
+    others = sorted(name for name in report["unexpected_keys"] if name.startswith("score."))
+    if others:
+        raise ValueError(f"{name!r} has a head for scores ({others[0]}): it is a model of another kind")
     if missing:
         raise ValueError(f"{name!r} has no weights for {', '.join(missing[:3])}: it is a model of another kind")
 

@@ -166,7 +166,8 @@ def values_at(
     """
     flat = flat_of(model) if len(rows) else None
     if flat is not None:
-        chosen = states_at(flat, tokens, rows, columns, below if blocks else None, blocks)
+        first = blocks if below is not None else 0
+        chosen = states_at(flat, tokens, rows, columns, below if first else None, first)
     elif below is not None and blocks:
         chosen = states_above(model, below, blocks)[rows, columns]
     else:

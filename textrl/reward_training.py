@@ -143,13 +143,13 @@ class _Training:
         """What must be the same for a training to go on."""
         content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-        return {"agent": KIND, "config": json.loads(json.dumps(dataclasses.asdict(self.config))), "pairs": digest}
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        return {"agent": KIND, "config": config, "options": self.reward_model.options, "pairs": digest}
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
         with checkpoint.whole_folder(folder, checkpoint.MANIFEST) as part:
-            checkpoint.save_module(self.reward_model.model, part, "")
-            self.reward_model.tokenizer.save_pretrained(part)
+            self.reward_model.write(part)
             tensors: state.Tensors = {}
             content = {"progress": dataclasses.asdict(self.now), "optimizer": state.pack(self.optimizer, tensors)}
             content["progress"] = state.pack(content["progress"], tensors)

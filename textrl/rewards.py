@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .checkpoint import MANIFEST, verify_if_ours, whole_folder, write_manifest
+from .adapters import has_adapter
+from .checkpoint import MANIFEST, read_manifest, verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
 from .hub import check_source
 from .models import longest_text
@@ -26,6 +27,9 @@ from .task import call_score, shorten
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
+
+
+KIND = "RewardModel"
 
 
 class RewardModel:
@@ -59,6 +63,9 @@ class RewardModel:
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "score") or labels != 1:
             found = f"{type(model).__name__} with {labels}" if labels else shorten(model)
             raise ValueError(f"model must be a sequence classifier with one label; got {found}")
+        check(
+            "model", "a model with an adapter", not has_adapter(model), "a whole one, as from_language_model makes it"
+        )
         named = getattr(tokenizer, "eos_token_id", None) is not None
         check("tokenizer", tokenizer, named, "a tokenizer with an end-of-sequence token")
         for name, value, least in (("max_length", max_length, 3), ("tokens_at_once", tokens_at_once, 1)):
@@ -101,13 +108,25 @@ class RewardModel:
         Raises:
             ValueError: for a folder that holds anything else than what this wrote.
         """
+        mark = Path(folder) / MANIFEST
+        mine = not mark.is_file() or read_manifest(Path(folder)).get("agent") == KIND
+        check("folder", str(folder), mine, "a new folder or that of a reward model: there is an agent in it")
+        with whole_folder(Path(folder), MANIFEST) as part:
+            self.write(part)
+            write_manifest(part, {"agent": KIND})
+
+    def write(self, folder: Path) -> None:
+        """The files of model and tokenizer, with what `load` is to know."""
         config = self.model.config
         config.score_mean, config.score_std = self.mean, self.std
-        config.score_options = {"max_length": self.max_length, "special_tokens": self.special_tokens}
-        with whole_folder(Path(folder), MANIFEST) as part:
-            self.model.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
-            write_manifest(part, {"agent": "RewardModel"})
+        config.score_options = self.options
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How texts are read."""
+        return {"max_length": self.max_length, "special_tokens": self.special_tokens}
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         """Scores, normalised, in the calling convention of `Task.score`."""

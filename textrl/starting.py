@@ -10,6 +10,7 @@ import torch
 from .adapters import CONFIG, add_adapter, has_adapter, learn_adapter, lies_at, load_adapted, share_base, twin
 from .config import AgentConfig, check
 from .env import TextEnv
+from .models import cast
 from .policy import load_model, pick_dtype, small_model, train_last_layers
 from .stepwise import check_positions
 from .vector import TextVectorEnv
@@ -53,7 +54,7 @@ def starting_model(
             raise ValueError("model and the environment's reference are one object: pass copy.deepcopy(model) as one")
         loaded = twin(loaded)  # the reference keeps the adapter as it is now
     parameters = 0 if model is None else sum(p.numel() for p in loaded.parameters())
-    loaded = loaded.to(device=device, dtype=pick_dtype(config.dtype, device, parameters))
+    loaded = cast(loaded, pick_dtype(config.dtype, device, parameters), device)
     if reference is not None and reference.device != device:
         reference.to(device)
     if not has_adapter(loaded):

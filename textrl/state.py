@@ -58,7 +58,8 @@ def pack(value: Any, tensors: Tensors) -> Any:
     Raises:
         NotState: for what is no state.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    plain = (bool, int, float, str)
+    if value is None or (isinstance(value, plain) and not isinstance(value, np.generic)):  # np.float64 is a float too
         return value
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and not isinstance(value, nn.Parameter):
         return _pack_array(value, tensors)

@@ -82,14 +82,21 @@ class _Episode:
     fault: str | None = None
     truncated: bool = False
 
-    def end(self, infos: dict[str, Any], i: int, task: Task) -> None:
-        """Takes the score and the text from what the environment said of row i, or else from what was done."""
+    def end(self, infos: dict[str, Any], i: int, task: Task, kl_coef: float) -> None:
+        """Takes the score and the text from what the environment said of row i, or else from what was done.
+
+        Without a score that is what was paid beside the KL penalty, whose weight is `kl_coef`.
+        """
         known = "score" in infos and ("_score" not in infos or bool(infos["_score"][i]))  # of this row, not of another
         if known and "completion" in infos:  # a wrapper may leave texts out
             self.completion = infos["completion"][i]
         else:
             self.completion = task.decode([self.actions])[0]
-        self.score = float(infos["score"][i]) if known else sum(self.rewards)
+        if known:
+            self.score = float(infos["score"][i])
+        else:
+            pairs = zip(self.logprobs, self.ref_logprobs, strict=True) if self.ref_logprobs else ()
+            self.score = sum(self.rewards) + kl_coef * sum(logprob - ref for logprob, ref in pairs)
         if math.isnan(self.score) or any(map(math.isnan, self.rewards)):
             said = infos[FAULT][i] if FAULT in infos else None
             self.fault = said or f"score failed for {about(self.row['prompt'], self.completion)}"
@@ -127,7 +134,7 @@ def collect_stepped(
     vector = isinstance(env, gym.vector.VectorEnv)
     number: int = getattr(env, "num_envs", 1)
     mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) if vector else AutoresetMode.DISABLED
-    quota = -(-batch_size // number)
+    quota, kl_coef = -(-batch_size // number), penalty_weight(env)
     finished: list[list[_Episode]] = [[] for _ in range(number)]
     observations, infos = env.reset(seed=seed)
     observations = observations if vector else observations[None]
@@ -150,7 +157,7 @@ def collect_stepped(
             if "ref_logprob" in said:
                 episode.ref_logprobs.append(float(said["ref_logprob"][i]))
             if ended[i]:
-                episode.end(said, i, task)
+                episode.end(said, i, task, kl_coef)
                 episode.truncated = bool(truncated[i]) and not bool(terminated[i])
                 if len(finished[i]) < quota:
                     finished[i].append(episode)
