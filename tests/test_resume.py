@@ -12,7 +12,7 @@ import torch
 import textrl
 from textrl import agents, state
 from textrl.agents import REINFORCE, SFT
-from textrl.checkpoint import CheckpointError
+from textrl.checkpoint import CheckpointError, restore
 from textrl.envs.copy import Copy
 from textrl.policy import small_model
 from textrl.returns import masked_mean
@@ -189,6 +189,31 @@ def test_numbers_of_numpy_come_back_as_they_were():
     found = state.unpack(json.loads(json.dumps(packed)), tensors, torch.device("cpu"))
     assert found == [0.1, 3, 0.1, True] and [type(each).__name__ for each in found][2:] == ["float", "bool"]
     assert (np.float32(1) * found[0]).dtype == np.float64
+
+
+KINDS = {
+    "one": lambda: gym.make("textrl/Copy-v0"),
+    "bare": lambda: textrl.TextEnv(Copy()),
+    "many": lambda: gym.make_vec("textrl/Copy-v0", num_envs=4),
+    "more": lambda: gym.make_vec("textrl/Copy-v0", num_envs=6),
+    "sync": lambda: gym.make_vec("textrl/Copy-v0", num_envs=3, vectorization_mode="sync"),
+    "wrapped": lambda: gym.wrappers.RecordEpisodeStatistics(gym.make("textrl/Copy-v0")),
+}
+
+
+@pytest.mark.parametrize("first", KINDS)
+def test_an_agent_is_loaded_on_any_kind_of_environment_and_resumed_on_its_own(first, tmp_path):
+    agent = agents.REINFORCE(KINDS[first](), batch_size=12, device="cpu").learn(60)
+    agent.save(tmp_path / "agent")
+    for second, make in KINDS.items():
+        again = agents.REINFORCE.load(tmp_path / "agent", make())
+        again.learn(30)
+        other = agents.REINFORCE(make(), batch_size=12, device="cpu")
+        if second == first:
+            restore(other, tmp_path / "agent")
+        else:
+            with pytest.raises(ValueError, match=r"env must be made as it was, .*, for a run to go on; got"):
+                restore(other, tmp_path / "agent")
 
 
 class Two(agents.REINFORCE):

@@ -210,6 +210,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
         content = {
             "agent": state.pack_attributes(agent, tensors, skipped(agent)),
             "env": state.pack_env(agent.env, tensors),
+            "form": state.form(agent.env),
             "generators": state.pack_generators(tensors),
         }
         save_state(part, content, tensors)
@@ -249,6 +250,24 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
     if (others := [name for name in differing if name != BOUND]) and not new_settings:
         raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(others)}")
+    _load_modules(agent, folder, manifest)
+    content, tensors = load_state(folder)
+    if {"trainable_layers", "dtype"} & set(differing):
+        content["agent"].pop("optimizer", None)
+    agent.base.kl_coef = manifest["kl_coef"]
+    state.unpack_attributes(agent, content["agent"], tensors, agent.device)
+    was, is_now = content["form"], state.form(agent.env)
+    if was == is_now:
+        state.unpack_env(agent.env, content["env"], tensors, agent.device)
+    elif not new_settings:
+        raise ValueError(f"env must be made as it was, {was}, for a run to go on; got {is_now}")
+    if agent.halved:
+        agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
+    agent.anneal(agent.schedule)
+    agent.resumed = Resumed(content["generators"], tensors)
+
+
+def _load_modules(agent: Agent, folder: Path, manifest: Mapping[str, Any]) -> None:
     for name in manifest.get("tokenizers", ()):
         if name not in agent.tokenizers:
             raise ValueError(
@@ -261,16 +280,6 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
             load_adapter_weights(agent.model, folder)
         else:
             load_own_weights(module, folder / f"{name}.safetensors")
-    content, tensors = load_state(folder)
-    if {"trainable_layers", "dtype"} & set(differing):
-        content["agent"].pop("optimizer", None)
-    agent.base.kl_coef = manifest["kl_coef"]
-    state.unpack_attributes(agent, content["agent"], tensors, agent.device)
-    state.unpack_env(agent.env, content["env"], tensors, agent.device)
-    if agent.halved:
-        agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
-    agent.anneal(agent.schedule)
-    agent.resumed = Resumed(content["generators"], tensors)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,6 +220,11 @@ def layers(env: Any) -> Iterator[Any]:
         yield task
 
 
+def form(env: Any) -> list[str]:
+    """What an environment is made of, layer by layer: another of the same form can be put in its place."""
+    return [f"{type(layer).__name__} of {getattr(layer, 'num_envs', 1)}" for layer in layers(env)]
+
+
 def pack_env(env: Any, tensors: Tensors) -> list[dict[str, Any]]:
     """The generators, the running episodes and the statistics of an environment and of all that wraps it.
 
@@ -234,14 +239,8 @@ def pack_env(env: Any, tensors: Tensors) -> list[dict[str, Any]]:
 
 
 def unpack_env(env: Any, state: list[dict[str, Any]], tensors: Tensors, device: torch.device) -> None:
-    """Puts back what `pack_env` took from an environment that was made in the same way.
-
-    Raises:
-        ValueError: for another number of wrappers.
-    """
+    """Puts back what `pack_env` took from an environment of the same form."""
     here = list(layers(env))
-    if len(here) != len(state):
-        raise ValueError(f"env must be wrapped as it was: {len(state)} layers; got {len(here)}: {env}")
     if any(each.get(name) for each in state for name in ("_stream", "_streams")):  # made by the first reset
         env.reset()
     for layer, content in zip(here, state, strict=True):
