@@ -302,3 +302,20 @@ def test_a_reward_model_is_made_of_a_model_with_an_adapter(make):
         plain = make().base_model(input_ids=tokens).last_hidden_state
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, plain, atol=1e-3)
+
+
+def test_an_equal_reference_gives_up_its_own_copy_of_the_base():
+    base = small_model(4, 8)
+    env = environment(copy.deepcopy(base))
+    agent = REINFORCE(env, base, peft_config=lora())
+    theirs = base_weights(env.reference)
+    for name, weight in base_weights(agent.model).items():
+        assert weight.data_ptr() == theirs[name].data_ptr()
+
+
+def test_an_adapter_starts_from_the_agents_seed():
+    def started(seed):
+        agent = REINFORCE(environment(small_model(4, 8)), small_model(4, 8), peft_config=lora(), seed=seed)
+        return torch.cat([p.flatten() for p in agent.model.parameters() if p.requires_grad])
+
+    assert torch.equal(started(0), started(0)) and not torch.equal(started(0), started(1))

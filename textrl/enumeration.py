@@ -137,7 +137,7 @@ def _model_logits(task: Task, policy: CausalPolicy, prompt: NDArray[np.int64]) -
         tokens = texts[start : start + size].to(policy.device)
         # a prefix of t tokens is read off the first text that begins with it
         firsts = [(-start % go_on ** (levels - 1 - t), go_on ** (levels - 1 - t)) for t in range(levels)]
-        rows = [torch.arange(first, len(tokens), every) for first, every in firsts]
+        rows = [torch.arange(min(first, len(tokens)), len(tokens), every) for first, every in firsts]
         columns = [torch.full_like(row, len(prompt) - 1 + t) for t, row in enumerate(rows)]
         hidden = policy.hidden(tokens, torch.cat(rows).to(policy.device), torch.cat(columns).to(policy.device))
         logits = hidden if head is None else head(hidden)  # (n, V or more) float64

@@ -232,6 +232,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
             scores = self.task.evaluate(*self._texts.episodes(indices))
             if scores.tokens is not None:
                 rewards[indices] += scores.last
+            if self.task.token_scores:
                 rewards[indices[list(scores.faults)]] = np.nan
 
     def _into_final(self, infos: Info, final: Info) -> None:
