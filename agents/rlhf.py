@@ -25,7 +25,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from textrl import checkpoint, fetch
-from textrl.disk import read_json
+from textrl.config import check
+from textrl.disk import could_be_folder, read_json
 from textrl.env import TextEnv
 from textrl.flags import RUN
 from textrl.models import cast
@@ -60,6 +61,7 @@ class _Run:
 
     def __init__(self, config: RLHFConfig) -> None:
         self.config, self.folder = config, Path(config.log_dir)
+        check("log_dir", config.log_dir, could_be_folder(self.folder), "a folder, or a new one that can be made")
         self._seconds = self._found()
         source = config.model or str(fetch.smollm2())
         base = load_model(source)

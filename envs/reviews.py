@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from textrl.fetch import cache_dir, smollm2
+from textrl.symbols import load_tokenizer
 from textrl.task import Row, Task, call_score
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Reviews(Task):
 
     Args:
         reward: a reward function, as for `Text`.
-        tokenizer: default: SmolLM2-135M's.
+        tokenizer: or the folder or hub name of one; default: SmolLM2-135M's.
         sources: of the openings: "movie", "product", "editorial", "tweet".
         words: length of an opening.
         n: how many openings; None: all there are.
@@ -40,23 +41,23 @@ class Reviews(Task):
     def __init__(
         self,
         reward: Callable[..., Any] | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: PreTrainedTokenizerFast | str | None = None,
         sources: Sequence[str] = ("movie",),
         words: int = 4,
         n: int | None = None,
         max_new_tokens: int = 24,
         seed: int = 0,
     ) -> None:
-        from transformers import AutoTokenizer
-
         if reward is None:
             _analyzer()  # what is missing is said before anything is fetched
         from textrl.ratings import load_ratings, openings
 
         self._prompts: list[str] = openings(load_ratings(sources), words, n, seed)["prompt"][:]
         self.reward = compound_sentiment if reward is None else reward
-        chosen: Any = AutoTokenizer.from_pretrained(smollm2()) if tokenizer is None else tokenizer
-        super().__init__(tokenizer=chosen, max_new_tokens=max_new_tokens)
+        chosen = str(smollm2()) if tokenizer is None else tokenizer
+        super().__init__(
+            tokenizer=load_tokenizer(chosen) if isinstance(chosen, str) else chosen, max_new_tokens=max_new_tokens
+        )
 
     @classmethod
     def at_hand(cls) -> bool:

@@ -36,8 +36,8 @@ class Text(Task):
     Optimum: not known, unless the vocabulary and the horizon are small.
 
     Args:
-        tokenizer: a Hugging Face fast tokenizer, or the folder or hub name of one; default: one symbol per printable
-            ASCII character.
+        tokenizer: a Hugging Face fast tokenizer, or the folder or hub name of one; default: that of a reference which
+            is named, else one symbol per printable ASCII character.
         prompts: texts, rows with a "prompt", a `datasets.Dataset` with a "prompt" column, or a JSON (lines), CSV or
             Parquet file of such rows.
         reward: called with prompts, completions, completion_ids and every other column, as keyword lists; or the

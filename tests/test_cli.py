@@ -48,6 +48,33 @@ def test_the_page_of_an_environment_and_of_an_agent(capsys):
         assert (code, out) == (2, "") and err.startswith(f"textrl: error: unknown {command[:-1]} 'Cooopy'; ")
 
 
+def test_places_that_cannot_be_folders_are_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "run.json").write_text("{}")
+    train = ["train", "ppo", *COPY, "--log-dir"]
+    collect = ["collect", *COPY, "--episodes", "2", "--dataset"]
+    for command, place in (
+        (train, "file"), (train, "file/x"), (collect, "file"), (collect, "full"),
+        (["rlhf", "--log-dir"], "file"),
+    ):  # fmt: skip
+        code, out, err = run(capsys, *command, str(tmp_path / place))
+        assert (code, out) == (2, "") and re.match(r"textrl: error: (--log-dir|dataset|log_dir) must be a", err), err
+        assert err.count("\n") == 1
+
+
+def test_an_agent_with_another_constructor_is_told_what_is_called(capsys, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(
+        "import textrl\nclass Odd(textrl.Agent):\n    def __init__(self, env, model=None, *, decay=0.9, **settings):\n"
+        "        super().__init__(env, model, **settings)\n    def update(self, rollout):\n        return {}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "train", "odd:Odd", *COPY)
+    assert code == 2 and err.startswith(
+        "textrl: error: agent odd:Odd must be made as Odd(env, model, config, **settings)"
+    )
+
+
 def test_a_reader_who_has_read_enough_is_no_error():
     command = [sys.executable, "-c", "import sys; from textrl.cli import main; sys.exit(main(['agents', 'ppo']))"]
     read, write = os.pipe()

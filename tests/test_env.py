@@ -19,6 +19,32 @@ def tiny(task, seed=1):
     return small_model(task.vocab_size, task.max_prompt_tokens + task.max_new_tokens, seed, n_embd=16, n_layer=1)
 
 
+class Lettered(textrl.Task):
+    """One point for each of the prompt's letter, which is a column of its row."""
+
+    def __init__(self):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=2)
+
+    def prompts(self):
+        return [{"prompt": "a", "letter": "b", "weight": 2}, {"prompt": "b", "letter": "a"}]
+
+    def score(self, prompts, completions, letter, weight, **columns):
+        return [(w or 1) * c.count(x or "a") for c, x, w in zip(completions, letter, weight, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [({"prompt": "a"}, 2), ({"prompt": "b"}, 1), ({"prompt": ""}, 1), ({"row": {"prompt": "a", "letter": "a"}}, 2)],
+)
+def test_a_chosen_prompt_has_the_columns_of_the_tasks_row(options, score):
+    env, envs = textrl.TextEnv(Lettered()), textrl.TextVectorEnv(Lettered(), 2)
+    env.reset(options=options), envs.reset(options=options)
+    for token in (1, 2):
+        info = env.step(token)[-1]
+        infos = envs.step(np.array([token] * 2))[-1]
+    assert info["score"] == score and infos["score"].tolist() == [score] * 2
+
+
 def test_an_episode_by_hand():
     env = textrl.TextEnv(Copy(symbols="ab", length=2))  # end 0, a 1, b 2; V = 3; L = 3 + 3
     observation, info = env.reset(seed=0, options={"prompt": "ab"})

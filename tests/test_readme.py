@@ -34,7 +34,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_the_readmes_python_runs(names, capsys):
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     for block in BLOCKS:
         exec(compile(block.replace("100_000", "500"), "README.md", "exec"), names)
     said = capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_the_readmes_python_runs(names, capsys):
     exact = re.search(r"^([\d.]+) ([\d.]+) ([\d.]+)$", said, re.MULTILINE)
     assert 0.9 < float(exact[3]) < 1 and float(exact[2]) < float(exact[1])
     assert re.search(r"Estimate\(value=.* True$", said, re.MULTILINE)
-    assert Path("runs/a/final/model.safetensors").exists()
+    assert Path("runs/a/final/model.safetensors").exists() and Path("runs/scorer/final/model.safetensors").exists()
 
 
 def test_the_readmes_agent_trains_from_the_command_line(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """A policy, a critic and a reward model with a tokenizer each."""
 
 import copy
+import json
+import warnings
 
 import gymnasium as gym
 import pytest
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import textrl
 import textrl.wrappers
+from textrl import cli
 from textrl.agents import DPO, PPO
 from textrl.codec import Codec
 from textrl.offline import given_rollout
@@ -195,6 +198,42 @@ def spaced_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def saved(folder, letters):
+    small_model(len(letters) + 1, 64).save_pretrained(folder)
+    textrl.symbol_tokenizer(letters).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys):
+    model = saved(tmp_path / "model", "xyz ")
+    for make in (gym.make, gym.make_vec):
+        env = make("textrl/Text-v0", prompts=["x y"], reference=model, kl_coef=0.1)
+        assert len(env.unwrapped.task.tokenizer) == 5
+        assert env.unwrapped.reference is not None
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    flags = ["--prompts", str(tmp_path / "p.jsonl"), "--env-arg", "max_new_tokens=4", "--batch-size", "4"]
+    run = ["train", "reinforce", "--env", "textrl/Text-v0", "--model", model, "--quiet", "--total-timesteps", "1e1"]
+    assert cli.main([*run, *flags, "--log-dir", str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run/run.json").read_text())
+    assert told["env_kwargs"]["tokenizer"] == model and told["total_timesteps"] == 10
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "4"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    both = [*run, *flags, "--reference", model, "--log-dir", str(tmp_path / "both")]
+    assert cli.main(both) == 0
+    assert json.loads((tmp_path / "both/run.json").read_text())["env_kwargs"]["kl_coef"] == 0.1
+
+
+def test_a_model_that_was_saved_with_another_tokenizer_is_warned_of(tmp_path):
+    env = gym.make("textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("xyz"), prompts=["x"], max_new_tokens=4)
+    with pytest.warns(
+        UserWarning, match=r"model .* was saved with another tokenizer \(5 tokens\) than the task's \(4\)"
+    ):
+        PPO(env, saved(tmp_path / "model", "xyz "), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PPO(env, saved(tmp_path / "same", "xyz"), device="cpu")
 
 
 def test_a_letter_without_a_space_of_its_own_hides_nothing():

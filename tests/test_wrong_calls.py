@@ -111,7 +111,7 @@ def test_what_a_reward_model_scores(prompts, completions, message, scorer):
         (None, {}, "pairs must be a datasets.Dataset"),
         (pairs(chosen=1), {}, "pairs, row 0, column 'chosen' must be a text; got 1"),
         (pairs(group="x"), {}, "pairs, column 'group', must be whole numbers"),
-        (pairs(), {"config": 5}, "config must be a RewardModelConfig or None; got 5"),
+        (pairs(), {"config": 5}, "config must be a RewardModelConfig; got int"),
         (pairs(), {"log_dir": ""}, "log_dir must be a path; got ''"),
         (pairs(), {"log_dir": "x", "keep": "x"}, "keep must be a whole number; got 'x'"),
     ],

@@ -128,7 +128,7 @@ def responses_to(
     task = agent.task
     steps = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     check("max_new_tokens", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1")
-    rows = [_row_of(task, prompt) for prompt in prompts]
+    rows = [task.row_of(prompt) for prompt in prompts]
     encoded = [task.encode(row, any_length=True) for row in rows]
     lengths, limit = [len(ids) for ids in encoded], longest_text(agent.model)
     longest, room = max(lengths), limit - max(lengths)
@@ -183,11 +183,6 @@ def _response(task: Task, observation: NDArray[np.int64], start: int) -> NDArray
     response = observation[start : start + task.max_new_tokens]
     unfinished = written < task.max_new_tokens and task.eos_token_id not in response[:written]
     return response if unfinished else None
-
-
-def _row_of(task: Task, prompt: str) -> Row:
-    """The task's row with this prompt, or one with nothing else."""
-    return next((row for row in task.rows or () if row["prompt"] == prompt), {"prompt": prompt})
 
 
 def _masks_of_own(

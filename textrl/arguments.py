@@ -54,8 +54,8 @@ def check_count(name: str, count: Any) -> int:
     return int(count)
 
 
-def chosen_row(options: dict[str, Any] | None) -> Row | None:
-    """The row that `reset(options=...)` asks for, or None.
+def chosen_row(options: dict[str, Any] | None, task: Task) -> Row | None:
+    """The row that `reset(options=...)` asks for, or None; what it lacks is as `Task.row_of` says.
 
     Raises:
         ValueError: for options that are no dict.
@@ -64,9 +64,10 @@ def chosen_row(options: dict[str, Any] | None) -> Row | None:
         return None
     if not isinstance(options, dict):
         raise ValueError(f"options must be a dict or None; got {options!r}")
-    if "row" in options:
-        return options["row"]  # type: ignore[no-any-return]
-    return {"prompt": options["prompt"]} if "prompt" in options else None
+    row = options.get("row", {"prompt": options["prompt"]} if "prompt" in options else None)
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):  # what is wrong with others is said later
+        return {**task.row_of(row["prompt"]), **row}
+    return row  # type: ignore[no-any-return]
 
 
 def check_action(action: Any, vocab_size: int) -> int:
@@ -98,7 +99,7 @@ def reset_mask(options: dict[str, Any] | None, num_envs: int) -> NDArray[np.bool
     Raises:
         TypeError, ValueError: as `SyncVectorEnv` does, for anything but an (N,) bool array with a True.
     """
-    chosen_row(options)  # that it is a dict
+    check("options", options, options is None or isinstance(options, dict), "a dict or None")
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, dtype=np.bool_)
     mask = options["reset_mask"]

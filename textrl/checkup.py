@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, given_penalty, parse_env_args
+from .flags import check_env_id, own_tokenizer, parse_env_args, training_penalty
 from .render import escape
 
 
@@ -34,9 +34,10 @@ def run_doctor(options: argparse.Namespace) -> int:
     kwargs = parse_env_args(options.env_arg, options.prompts is not None)
     if options.prompts is not None:
         kwargs["prompts"] = options.prompts
-    kwargs |= {"kl_coef": 0.1} if options.reference is not None else {}
-    kwargs |= given_penalty(options)
-    env = gym.make(check_env_id(options.env), disable_env_checker=True, **kwargs)
+    id = check_env_id(options.env)
+    kwargs |= training_penalty(options, id)
+    kwargs |= own_tokenizer(id, kwargs, options.model)
+    env = gym.make(id, disable_env_checker=True, **kwargs)
     agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
     with few_threads(agent.model):
         found = diagnose(agent)

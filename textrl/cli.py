@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import gymnasium as gym
 from . import logged
 from .checkup import doctor_parser
 from .config import as_path, check, make_config
+from .disk import could_be_folder
 from .files import is_file_name
 from .flags import (
     FINAL,
@@ -25,10 +27,12 @@ from .flags import (
     agent_class,
     check_env_id,
     finished_run,
-    given_penalty,
+    own_tokenizer,
     parse_config,
     parse_env_args,
     read_run,
+    training_penalty,
+    whole,
 )
 from .listing import list_agents, list_envs
 from .play import play_parser
@@ -131,7 +135,7 @@ def _train_parser(commands: Any) -> None:
     )
     train.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     train.add_argument("--reference", help="folder or hub name of the frozen reference")
-    train.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's)")
+    train.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's, or 0.1)")
     train.add_argument(
         "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
     )
@@ -139,9 +143,9 @@ def _train_parser(commands: Any) -> None:
         "--dataset", metavar="FILE", help="json, jsonl, csv, parquet or what textrl collect wrote, to learn from"
     )
     train.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of these files out, and list them")
-    train.add_argument("--total-timesteps", type=int, default=50_000, help="tokens (default: %(default)s)")
+    train.add_argument("--total-timesteps", type=whole, default=50_000, help="tokens (default: %(default)s)")
     train.add_argument("--log-dir", metavar="RUN", help="where logs and the agent go (default: runs/ENV-AGENT-SEED)")
-    train.add_argument("--checkpoint-every", type=int, metavar="N", help="tokens (default: a tenth of all)")
+    train.add_argument("--checkpoint-every", type=whole, metavar="N", help="tokens (default: a tenth of all)")
     train.add_argument(
         "--keep", type=int, default=2, metavar="K", help="newest checkpoints kept (default: %(default)s)"
     )
@@ -173,6 +177,7 @@ def train_agent(options: argparse.Namespace) -> None:
     id, kwargs = check_env_id(options.env), parse_env_args(options.env_arg, options.prompts is not None)
     files = options.prompts is not None or options.dataset is not None
     check("--skip-bad-rows", True, files or not options.skip_bad_rows, "left out without --prompts and --dataset")
+    kwargs |= own_tokenizer(id, kwargs, named(options.model))
     if options.prompts is not None:
         kwargs |= {"prompts": named(options.prompts), "skip_bad_rows": options.skip_bad_rows}
     for name in ("total_timesteps", "checkpoint_every", "keep"):
@@ -189,7 +194,7 @@ def train_agent(options: argparse.Namespace) -> None:
     run = {
         "agent": options.agent,
         "env": options.env,
-        "env_kwargs": {**kwargs, **given_penalty(options)},
+        "env_kwargs": {**kwargs, **training_penalty(options, id)},
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "model": named(options.model),
@@ -199,6 +204,7 @@ def train_agent(options: argparse.Namespace) -> None:
         "checkpoint_every": options.checkpoint_every or max(1, options.total_timesteps // 10),
         "keep": options.keep,
     }
+    check("--log-dir", given, could_be_folder(folder), "a folder, or a new one in a folder that can be written")
     agent = make_agent(run)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, run)
@@ -227,6 +233,11 @@ def make_agent(run: dict[str, Any]) -> Agent:
     env = gym.make_vec(check_env_id(run["env"]), num_envs=config.batch_size, **run["env_kwargs"])
     check("--dataset", None, not cls.needs_dataset or bool(run["dataset"]), f"given for {cls.__name__} to learn")
     extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
+    try:
+        inspect.signature(cls).bind(env, run["model"], config, **extra)
+    except TypeError as error:
+        takes = "(env, model, config, **settings), with settings of its own in its config_class"
+        raise ValueError(f"agent {run['agent']} must be made as {cls.__name__}{takes} ({error})") from None
     return cls(env, run["model"], config, **extra)
 
 

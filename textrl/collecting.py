@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
+from .disk import could_be_folder
 from .drawing import Sampling, draw
 from .env import TextEnv, observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
@@ -74,6 +75,8 @@ def collect(
     folder = dataset_folder(dataset)
     if (folder / "data").exists():
         raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
+    new = could_be_folder(folder) and not (folder.is_dir() and any(folder.iterdir()))
+    check("dataset", str(folder), new, "a new folder, or one that is empty")
     stepper = StepwiseLM(policy, base.task.vocab_size)
     storage: Any = None  # made when there is something to write
     with few_threads(lm), _whole(folder), _as_it_was(base):

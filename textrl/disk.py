@@ -24,6 +24,12 @@ def writing(file: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
 
 
+def could_be_folder(path: Path) -> bool:
+    """Whether a folder is at this path, or could be made there."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 def read_json(file: Path) -> Any:
     """The JSON in a file.
 

@@ -138,7 +138,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             self._stream = RowStream(self.task, seed)
         elif self._stream is None:
             self._stream = RowStream(self.task, int(self.np_random.integers(2**63)))
-        row = chosen_row(options)
+        row = chosen_row(options, self.task)
         if row is None:
             row = next(self._stream)
         ids = self.task.encode(row)

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import gymnasium as gym
 
 from .disk import read_json
-from .registration import registered
+from .registration import models_tokenizer, registered
 
 if TYPE_CHECKING:
     from .agent import Agent
 
+KL_COEF = 0.1
+"""The weight of the KL penalty in training to a reference for which none is given."""
 RUN, FINAL = "run.json", "final"
 """In a run's folder: which agent, environment and seed it was; the agent at the end."""
 USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
@@ -162,8 +165,22 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
     """
     run = read_run(called, folder)
     if not (folder / FINAL).is_dir():
-        raise ValueError(f"run {str(folder)!r} has no agent in {folder / FINAL}: it did not end")
+        raise ValueError(
+            f"run {str(folder)!r} has no agent in {folder / FINAL}: it did not end; textrl train --resume {folder} goes"
+            " on with it"
+        )
     return run
+
+
+def whole(text: str) -> int:
+    """A whole number, also as 1e6 or 1_000_000."""
+    return int(text) if "e" not in text.lower() else _exactly(float(text))
+
+
+def _exactly(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(number)
+    return int(number)
 
 
 def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, Any]:
@@ -190,10 +207,22 @@ def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, A
     return out
 
 
+def own_tokenizer(id: str, kwargs: Mapping[str, Any], model: str | None) -> dict[str, str]:
+    """The argument `tokenizer` of an environment that takes one and was given none: that of `--model`."""
+    return models_tokenizer(registered()[id], {**gym.registry[id].kwargs, **kwargs}, model)
+
+
 def given_penalty(options: argparse.Namespace) -> dict[str, Any]:
     """The reference and the weight of the penalty, where they were given: an environment may have its own."""
     penalty = {name: getattr(options, name) for name in ("reference", "kl_coef")}
     return {name: value for name, value in penalty.items() if value is not None}
+
+
+def training_penalty(options: argparse.Namespace, id: str) -> dict[str, Any]:
+    """`given_penalty`; a reference that comes without a weight, from the environment neither, has `KL_COEF`."""
+    penalty = given_penalty(options)
+    missing = "reference" in penalty and not gym.registry[id].kwargs.get("kl_coef")
+    return {"kl_coef": KL_COEF, **penalty} if missing else penalty
 
 
 def parse_config(config_class: type[Any], arguments: list[str], prog: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from .config import check
 from .flat import flat_of
 from .hub import check_source
 from .scores import shorten
+from .symbols import load_tokenizer
 from .tabular import Rows, register_tabular
 
 if TYPE_CHECKING:
@@ -144,6 +146,7 @@ def load_model(
     Raises:
         ValueError: for a folder or name that holds no causal language model, or a vocabulary too small.
     """
+    source = model
     model = plain_module(model)
     if isinstance(model, (str, Path)):
         model = _from_pretrained(str(model), dtype, called)
@@ -153,10 +156,20 @@ def load_model(
         )
     if tokenizer is not None:
         check_vocabulary(model, tokenizer, called)
+        _compare_tokenizers(source, tokenizer, called)
     model = cast(without_dropout(model), dtype, device)
     if frozen:
         model.requires_grad_(False)
     return model
+
+
+def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called: str) -> None:
+    """Warns where a folder holds a tokenizer by which the texts would be other tokens than by this one."""
+    if isinstance(source, (str, Path)) and (Path(source) / "tokenizer.json").is_file():
+        own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
+        if not own.items() <= given.items():
+            what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"
+            warnings.warn(f"{what} ({len(given)}): give the task its own, tokenizer={str(source)!r}", stacklevel=4)
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTrainedModel:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -136,6 +138,17 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
         raise BadArgument(f"{cls.__name__} cannot be made with {shorten(kwargs, 200)}: {error}") from error
 
 
+def models_tokenizer(task: type[Task] | str, kwargs: Mapping[str, Any], model: Any) -> dict[str, str]:
+    """The argument `tokenizer` for a task that takes names and was given none: that of a named model, if it has one."""
+    parameter = inspect.signature(task_class(task)).parameters.get("tokenizer")
+    takes = parameter is not None and parameter.default is None and "str" in str(parameter.annotation)
+    if not takes or kwargs.get("tokenizer") is not None or not isinstance(model, (str, Path)):
+        return {}
+    folder = Path(model)
+    has = not folder.is_dir() or any((folder / f"tokenizer{end}.json").is_file() for end in ("", "_config"))
+    return {"tokenizer": str(model)} if has else {}
+
+
 def make_env(
     task: type[Task] | str,
     *,
@@ -147,7 +160,7 @@ def make_env(
 ) -> TextEnv:
     """The single environment of a registered task; `kwargs` are the task's."""
     return TextEnv(
-        make_task(task, **kwargs),
+        make_task(task, **kwargs, **models_tokenizer(task, kwargs, reference)),
         reference=reference,
         kl_coef=kl_coef,
         temperature=temperature,
@@ -172,7 +185,7 @@ def make_vector_env(
 ) -> TextVectorEnv:
     """The native vector environment of a registered task; `kwargs` are the task's."""
     return TextVectorEnv(
-        make_task(task, **kwargs),
+        make_task(task, **kwargs, **models_tokenizer(task, kwargs, reference)),
         num_envs,
         reference=reference,
         kl_coef=kl_coef,

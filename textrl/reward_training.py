@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
-from .config import check, check_types
+from .config import check, check_types, make_config
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .logging import RunLog
 from .loop import Run
@@ -205,19 +205,22 @@ def train_reward_model(
     checkpoint_every: int | None = None,
     keep: int = 2,
     resume: bool = False,
+    **settings: Any,
 ) -> None:
     """Fits a reward model to preference pairs in place.
 
     Args:
         reward_model: to be trained.
-        pairs: columns "prompt", "chosen" and "rejected", texts; and "group", whole numbers, where comparisons of the
-            same few texts belong in one step: each text is then read once for all of them (Ouyang 2022, section 3.5).
+        pairs: a `Dataset`, or a list of rows, with the columns "prompt", "chosen" and "rejected", texts; and "group",
+            whole numbers, where comparisons of the same few texts belong in one step: each text is then read once for
+            all of them (Ouyang 2022, section 3.5).
         config: settings.
         log_dir: where `progress.csv`, TensorBoard's files and checkpoints go.
         progress_bar: shows a bar and a row a step.
         checkpoint_every: pairs between checkpoints in `log_dir/checkpoints`. With it, SIGINT and SIGTERM end the step
             and leave a checkpoint too, and `log_dir/best` is the one with the lowest mean loss before it.
         keep: so many of the newest checkpoints stay, and the best.
+        settings: fields of `RewardModelConfig`, as keywords.
         resume: goes on from the newest whole checkpoint in `log_dir`, if there is one. On the CPU the result is that of
             a training that was never stopped, to the last bit.
 
@@ -227,10 +230,13 @@ def train_reward_model(
     """
     if not hasattr(reward_model, "pair_scalars"):
         raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
+    if isinstance(pairs, list) and pairs and all(isinstance(row, dict) for row in pairs):
+        from datasets import Dataset
+
+        pairs = Dataset.from_list(pairs)
     _check_pairs(pairs)
     Run(log_dir=log_dir, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
-    check("config", config, config is None or isinstance(config, RewardModelConfig), "a RewardModelConfig or None")
-    config = config or RewardModelConfig()
+    config = make_config(RewardModelConfig, config, settings)
     training = _Training(reward_model, pairs, config)
     saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
     if resume and saved is not None:

@@ -164,6 +164,11 @@ class Task:
             raise ValueError(f"allowed_tokens must allow at least one token; none is allowed for the row {row}")
         return mask
 
+    def row_of(self, prompt: str) -> Row:
+        """The task's own row with this prompt; else one that has None in the columns of its rows."""
+        rows = self.rows or [{}]
+        return next((row for row in rows if row.get("prompt") == prompt), {**dict.fromkeys(rows[0]), "prompt": prompt})
+
     @property
     def rows(self) -> list[Row] | None:
         """`prompts()`, called once and checked."""

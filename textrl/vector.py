@@ -143,7 +143,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         for i in np.flatnonzero(mask).tolist():
             if (row_seed := seeds[i]) is not None:
                 self._streams.seed(i, row_seed)
-        self._restart(np.flatnonzero(mask), chosen_row(options))
+        self._restart(np.flatnonzero(mask), chosen_row(options, self.task))
         self._started = True
         self._show()
         return self._texts.tokens.copy(), self._mask_info(mask)
