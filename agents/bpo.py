@@ -23,7 +23,7 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.episodes import as_episodes, logged_source, take_in
-from textrl.offline import Epochs, prompt_groups
+from textrl.offline import Epochs, digest, prompt_groups
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, batched_logprobs
 
@@ -99,7 +99,7 @@ class BPO(Agent):
 
     config: BPOConfig
     config_class: ClassVar[type[AgentConfig]] = BPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights")
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights", "dataset_digest")
     needs_dataset = True
 
     def __init__(
@@ -136,7 +136,7 @@ class BPO(Agent):
         elif self.config.weighting == "filter":
             weights = best_of_each(returns, groups, self.config.best_share)
         self.weights = weights.cpu() / weights.sum().cpu()  # (B,) how often each episode is drawn
-        self._logged = logged
+        self._logged, self.dataset_digest = logged, digest([logged.tokens.tolist(), logged.scores.tolist()])
 
     def collect(self) -> Rollout:
         """The next `batch_size` logged episodes: by their weights, or for "tis" in a new order each epoch."""

@@ -16,7 +16,6 @@ all pairs may be worse than the reference. Then more pairs help, or a larger bet
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from torch.nn.functional import logsigmoid
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.files import Rows, all_or_none, dataset_rows, number_of, text_of
-from textrl.offline import Epochs, encode_response, given_rollout, token_ids
+from textrl.offline import Epochs, digest, encode_response, given_rollout, token_ids
 from textrl.policy import CausalPolicy
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
 from textrl.rollout import Rollout, batched_logprobs, microbatches
@@ -97,7 +96,7 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_given", "_digest", "_by", "_held", "_learned", "beta")
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_given", "dataset_digest", "_by", "_held", "_learned", "beta")
     needs_dataset = True
 
     def __init__(
@@ -130,10 +129,12 @@ class DPO(Agent):
                 "pairs that differ within the horizon",
             )
         self._reference = self._given
-        self._digest = hashlib.sha256(repr([pair[:2] for pair in self._pairs]).encode()).hexdigest()
-        self._reference_of = self._digest  # the pairs that `_reference` is about: a loaded agent may be given others
+        self.dataset_digest = digest([pair[:2] for pair in self._pairs])
+        self._reference_of = (
+            self.dataset_digest
+        )  # the pairs that `_reference` is about: a loaded agent may be given others
         held_by = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
-        self._best_of = self._by = f"{self._digest} {held_by}"  # which pairs, held out how, under which loss
+        self._best_of = self._by = f"{self.dataset_digest} {held_by}"  # which pairs, held out how, under which loss
         order, repeats = self._shuffled_pairs()
         held = round(self.config.held_out * len(self._pairs))
         held = int(repeats[repeats <= held].max(initial=0)) if held >= FEWEST else 0
@@ -187,10 +188,10 @@ class DPO(Agent):
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._given is not None:  # before what a loaded agent knew
             self._reference = self._given
-        elif self._reference is None or self._reference_of != self._digest:
+        elif self._reference is None or self._reference_of != self.dataset_digest:
             self._reference = torch.full((len(self._pairs), 2), torch.nan)
-        if self._reference_of != self._digest:
-            self._reference_of, self._epochs = self._digest, Epochs(self.generator)
+        if self._reference_of != self.dataset_digest:
+            self._reference_of, self._epochs = self.dataset_digest, Epochs(self.generator)
         fit = [tuple(weight.shape) for weight in self.best] == [tuple(m.shape) for m in self.optimizer.masters]
         if self._best_of != self._by or (self.best and not fit):
             self._best_of, self.best, self.best_loss = self._by, [], math.inf

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check, is_bare
 from textrl.episodes import as_episodes, logged_source, take_in
-from textrl.offline import prompt_groups
+from textrl.offline import digest, prompt_groups
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, collect_sampled
 
@@ -100,7 +100,7 @@ class ReST(Agent):
 
     config: ReSTConfig
     config_class: ClassVar[type[AgentConfig]] = ReSTConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_logged",)
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "dataset_digest")
 
     def __init__(
         self,
@@ -113,6 +113,8 @@ class ReST(Agent):
     ) -> None:
         super().__init__(env, model, config, **settings)
         self._logged = None if dataset is None else as_episodes(dataset, self.task, self.device)
+        if self._logged is not None:
+            self.dataset_digest = digest([self._logged.tokens.tolist(), self._logged.scores.tolist()])
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.files import Rows, dataset_rows, read_rows
-from textrl.offline import Epochs, example_ids, given_rollout
+from textrl.offline import Epochs, digest, example_ids, given_rollout
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
 
@@ -52,7 +52,7 @@ class SFT(Agent):
 
     config: SFTConfig
     config_class: ClassVar[type[AgentConfig]] = SFTConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_examples",)
+    not_saved: ClassVar[tuple[str, ...]] = ("_examples", "dataset_digest")
     needs_dataset = True
 
     def __init__(
@@ -69,6 +69,7 @@ class SFT(Agent):
         if dataset is not None:
             rows, end = dataset_rows(dataset, self.read_dataset), self.config.end_token
             self._examples = rows.each(lambda row: example_ids(self.task, row, end, rows.strict))
+            self.dataset_digest = digest(self._examples)
         self._epochs = Epochs(self.generator)
 
     @classmethod

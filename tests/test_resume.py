@@ -191,6 +191,25 @@ def test_numbers_of_numpy_come_back_as_they_were():
     assert (np.float32(1) * found[0]).dtype == np.float64
 
 
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "BPO", "ReST"])
+def test_a_run_does_not_go_on_with_other_data(kind, tmp_path):
+    def made(answer):
+        rows = [
+            {"prompt": "abc", "completion": answer, "score": 1.0},
+            {"prompt": "abc", "completion": "c", "score": 0.0},
+        ]
+        pairs = [{"prompt": "abc", "chosen": answer, "rejected": "c"}]
+        cls = getattr(agents, kind)
+        return cls(textrl.TextEnv(Copy()), dataset=pairs if kind == "DPO" else rows, batch_size=2, device="cpu")
+
+    made("abc").learn(8, log_dir=tmp_path, checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"holds an agent with another dataset$"):
+        made("ab").learn(8, log_dir=tmp_path, checkpoint_every=1, resume=True)
+    made("abc").learn(8, log_dir=tmp_path, checkpoint_every=1, resume=True)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    getattr(agents, kind).load(newest, textrl.TextEnv(Copy()))
+
+
 KINDS = {
     "one": lambda: gym.make("textrl/Copy-v0"),
     "bare": lambda: textrl.TextEnv(Copy()),

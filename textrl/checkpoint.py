@@ -221,6 +221,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
             "num_updates": agent.num_updates,
             "kl_coef": agent.base.kl_coef,
             "tokenizers": sorted(agent.tokenizers),
+            "dataset": agent.dataset_digest,
         }
         write_manifest(part, facts)
 
@@ -248,7 +249,9 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
     settings = json.loads(json.dumps(settings))
     differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
-    if (others := [name for name in differing if name != BOUND]) and not new_settings:
+    others = [name for name in differing if name != BOUND]
+    others += ["dataset"] if manifest.get("dataset", agent.dataset_digest) != agent.dataset_digest else []
+    if others and not new_settings:
         raise ValueError(f"folder {str(folder)!r} holds an agent with another {', '.join(others)}")
     _load_modules(agent, folder, manifest)
     content, tensors = load_state(folder)
