@@ -206,7 +206,7 @@ def saved(folder, letters):
     return str(folder)
 
 
-def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys):
+def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys, monkeypatch):
     model = saved(tmp_path / "model", "xyz ")
     for make in (gym.make, gym.make_vec):
         env = make("textrl/Text-v0", prompts=["x y"], reference=model, kl_coef=0.1)
@@ -219,6 +219,20 @@ def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys):
     told = json.loads((tmp_path / "run/run.json").read_text())
     assert told["env_kwargs"]["tokenizer"] == model and told["total_timesteps"] == 10
     assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "4"]) == 0
+    monkeypatch.chdir(tmp_path)  # what is named by a relative path is found from elsewhere too
+    relative = [
+        *run,
+        "--env-arg",
+        "prompts=p.jsonl",
+        "--env-arg",
+        "tokenizer=model",
+        *flags[2:],
+        "--log-dir",
+        "relative",
+    ]
+    assert cli.main(relative) == 0
+    monkeypatch.chdir("/")
+    assert cli.main(["evaluate", str(tmp_path / "relative"), "--episodes", "4"]) == 0
     assert "warning" not in capsys.readouterr().err
     both = [*run, *flags, "--reference", model, "--log-dir", str(tmp_path / "both")]
     assert cli.main(both) == 0

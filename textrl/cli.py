@@ -178,6 +178,7 @@ def train_agent(options: argparse.Namespace) -> None:
     files = options.prompts is not None or options.dataset is not None
     check("--skip-bad-rows", True, files or not options.skip_bad_rows, "left out without --prompts and --dataset")
     kwargs |= own_tokenizer(id, kwargs, named(options.model))
+    kwargs |= {name: named(kwargs[name]) for name in ("prompts", "tokenizer") if isinstance(kwargs.get(name), str)}
     if options.prompts is not None:
         kwargs |= {"prompts": named(options.prompts), "skip_bad_rows": options.skip_bad_rows}
     for name in ("total_timesteps", "checkpoint_every", "keep"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
 )
 
-from .adapters import CONFIG, has_adapter, load_adapted, merged_weights, plain_module
+from .adapters import CONFIG, load_adapted, plain_module
 from .config import check
 from .flat import flat_of
 from .hub import check_source
@@ -31,8 +29,6 @@ from .tabular import Rows, register_tabular
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCORE_SETTINGS = ("score_mean", "score_std", "score_options")
-"""What a `RewardModel` keeps in its model's config."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -185,7 +181,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTr
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{called} {name!r} holds no causal language model ({first})") from None
-    _check_whole(name, report)
+    check_whole(name, report)
     return model  # type: ignore[no-any-return]
 
 
@@ -276,48 +272,7 @@ def few_threads(model: nn.Module) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreTrainedModel:
-    """A copy of a language model's trunk with a scalar head: a critic (std 0) or a reward model before training.
-
-    It is the `AutoModelForSequenceClassification` of the same architecture with one label, so it saves and loads with
-    `save_pretrained` and `from_pretrained`.
-
-    Args:
-        model: a causal language model, or such a scalar model itself; its trunk's weights are copied, with what an
-            adapter adds to them.
-        seed: of the head's weights.
-        std: their standard deviation; 0 starts every value at zero.
-    """
-    check("model", model, isinstance(model, PreTrainedModel), "a language model or a scalar model")
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    for name in SCORE_SETTINGS:  # of a reward model whose trunk this is to be
-        if hasattr(config, name):
-            delattr(config, name)
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
-    with torch.random.fork_rng(devices=[]):
-        scalar = AutoModelForSequenceClassification.from_config(config)
-    trunk = model.base_model
-    scalar.base_model.load_state_dict(merged_weights(trunk) if has_adapter(model) else trunk.state_dict())
-    scalar = cast(without_dropout(scalar), model.dtype, model.device)
-    weight = scalar.score.weight
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    return scalar  # type: ignore[no-any-return]
-
-
-def load_scalar(folder: str | Path) -> PreTrainedModel:
-    """A sequence classifier with one label from a folder or a hub name, in the dtype that it was saved in."""
-    register_tabular()
-    settings: Any = {"dtype": "auto", "num_labels": 1, "output_loading_info": True}
-    found, report = AutoModelForSequenceClassification.from_pretrained(str(folder), **settings)
-    _check_whole(str(folder), report)
-    return found  # type: ignore[no-any-return]
-
-
-def _check_whole(name: str, report: dict[str, Any]) -> None:
+def check_whole(name: str, report: dict[str, Any]) -> None:
     """Refuses what transformers had to fill with random numbers: a model of another kind, without this one's head.
 
     Raises:

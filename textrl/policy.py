@@ -15,7 +15,6 @@ from .logprobs import aligned, pieces, token_logprobs
 from .models import check_vocabulary as check_vocabulary
 from .models import few_threads as few_threads
 from .models import load_model as load_model
-from .models import load_scalar as load_scalar
 from .models import pick_device as pick_device
 from .models import pick_dtype as pick_dtype
 from .models import recompute_blocks as recompute_blocks
@@ -23,9 +22,10 @@ from .models import small_model as small_model
 from .models import tables as tables
 from .models import train_last_layers as train_last_layers
 from .models import trainable as trainable
-from .models import value_model as value_model
 from .models import without_dropout as without_dropout
 from .packed import states_at
+from .scalars import load_scalar as load_scalar
+from .scalars import value_model as value_model
 from .trunk import states_above
 
 
