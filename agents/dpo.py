@@ -77,6 +77,11 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
     return ((margins - 1 / (2 * beta)) ** 2).mean()
 
 
+def _fingerprint(reference: PreTrainedModel | None) -> str:
+    """By which two references are told apart."""
+    return "" if reference is None else str([float(p.detach().double().sum()) for p in reference.parameters()])
+
+
 class DPO(Agent):
     """Learns from pairs which of two responses is the better one.
 
@@ -96,7 +101,16 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_given", "dataset_digest", "_by", "_held", "_learned", "beta")
+    not_saved: ClassVar[tuple[str, ...]] = (
+        "_pairs",
+        "_given",
+        "dataset_digest",
+        "_tells_of",
+        "_by",
+        "_held",
+        "_learned",
+        "beta",
+    )
     needs_dataset = True
 
     def __init__(
@@ -130,9 +144,8 @@ class DPO(Agent):
             )
         self._reference = self._given
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
-        self._reference_of = (
-            self.dataset_digest
-        )  # the pairs that `_reference` is about: a loaded agent may be given others
+        self._told_of = self._tells_of = f"{self.dataset_digest} {_fingerprint(self.base.reference)}"  # whom, of what
+        self._epochs_of = self.dataset_digest
         held_by = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
         self._best_of = self._by = f"{self.dataset_digest} {held_by}"  # which pairs, held out how, under which loss
         order, repeats = self._shuffled_pairs()
@@ -188,10 +201,10 @@ class DPO(Agent):
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._given is not None:  # before what a loaded agent knew
             self._reference = self._given
-        elif self._reference is None or self._reference_of != self.dataset_digest:
-            self._reference = torch.full((len(self._pairs), 2), torch.nan)
-        if self._reference_of != self.dataset_digest:
-            self._reference_of, self._epochs = self.dataset_digest, Epochs(self.generator)
+        elif self._reference is None or self._told_of != self._tells_of:  # a loaded agent may be given others
+            self._reference, self._told_of = torch.full((len(self._pairs), 2), torch.nan), self._tells_of
+        if self._epochs_of != self.dataset_digest:
+            self._epochs_of, self._epochs = self.dataset_digest, Epochs(self.generator)
         fit = [tuple(weight.shape) for weight in self.best] == [tuple(m.shape) for m in self.optimizer.masters]
         if self._best_of != self._by or (self.best and not fit):
             self._best_of, self.best, self.best_loss = self._by, [], math.inf

@@ -242,7 +242,7 @@ def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys, monke
 def test_a_model_that_was_saved_with_another_tokenizer_is_warned_of(tmp_path):
     env = gym.make("textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("xyz"), prompts=["x"], max_new_tokens=4)
     with pytest.warns(
-        UserWarning, match=r"model .* was saved with another tokenizer \(5 tokens\) than the task's \(4\)"
+        UserWarning, match=r"model .* was saved with another tokenizer \(5 tokens\) than the task's \(4\): texts are"
     ):
         PPO(env, saved(tmp_path / "model", "xyz "), device="cpu")
     with warnings.catch_warnings():

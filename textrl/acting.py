@@ -48,7 +48,7 @@ def collect(agent: Agent) -> Rollout:
             " cannot be asked for: pass the environment itself"
         )
     attached, before = agent.env.unwrapped is agent.base, agent.base.policy
-    seed = int(agent.rng.integers(2**31)) if agent.num_updates == 0 else None
+    seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
     missing = 0.0 if attached else penalty_weight(agent.env)
 
     def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:

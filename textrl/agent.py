@@ -110,6 +110,7 @@ class Agent:
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone
+        self.seeded = False  # whether the environment that is stepped got its seed
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
         self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes

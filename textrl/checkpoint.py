@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "agent.json"
 STATE, TENSORS = "state.json", "state.safetensors"
+SCORERS = ("RewardModel", "reward model in training")
+"""Kinds of saved things that are reward models, and no agents."""
 BOUND = "max_tokens_per_microbatch"
 """A setting that a run may lower by itself, and that may be another on another machine."""
 
@@ -123,6 +125,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def kind_in(folder: Path) -> str | None:
+    """What kind of thing was saved in a folder; None where there is nothing of ours."""
+    return read_manifest(folder)["agent"] if (folder / MANIFEST).is_file() else None
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a folder all of whose files are as they were written.
 
@@ -192,6 +199,12 @@ def save_agent(agent: Agent, folder: Path) -> None:
     a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
     hold what learning needs to go on: the optimizer, the generators, the positions.
     """
+    check(
+        "folder",
+        str(folder),
+        kind_in(folder) not in SCORERS,
+        "a new folder or an agent's: there is a reward model in it",
+    )
     with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
             taken = name in ("state", "model", "adapter_model") or name.startswith("model-")
@@ -257,13 +270,20 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     content, tensors = load_state(folder)
     if {"trainable_layers", "dtype"} & set(differing):
         content["agent"].pop("optimizer", None)
-    agent.base.kl_coef = manifest["kl_coef"]
+    if (
+        not new_settings or manifest["config"].get("kl_target") is not None
+    ):  # one that follows a target goes on from there
+        agent.base.kl_coef = manifest["kl_coef"]
+    kl_coef = agent.base.kl_coef
     state.unpack_attributes(agent, content["agent"], tensors, agent.device)
     was, is_now = content["form"], state.form(agent.env)
     if was == is_now:
         state.unpack_env(agent.env, content["env"], tensors, agent.device)
+        agent.base.kl_coef = kl_coef
     elif not new_settings:
         raise ValueError(f"env must be made as it was, {was}, for a run to go on; got {is_now}")
+    else:
+        agent.seeded = False
     if agent.halved:
         agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
     agent.anneal(agent.schedule)

@@ -115,7 +115,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     @property
     def rows(self) -> list[Row]:
-        """The row of the task that is played, a list of one; an empty row before the first reset."""
+        """The row of the task that is played, not a copy, as a list of one; an empty row before the first reset."""
         return [self._row]
 
     def reset(
@@ -125,7 +125,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
         Args:
             seed: fixes the prompts from here on.
-            options: `{"row": {...}}` or `{"prompt": "..."}` starts from that row; other keys are left alone.
+            options: `{"row": {...}}` or `{"prompt": "..."}` starts from that row, columns that it lacks being those of
+                the task's own row with that prompt; other keys are left alone.
 
         Returns:
             observation (L,) int64 and info (`action_mask` where the task advises tokens).

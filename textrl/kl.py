@@ -45,7 +45,7 @@ def score_weight(start: float, done: float) -> float:
 class AdaptiveKL:
     """A KL coefficient that follows a target (Ziegler 2019, section 2.2).
 
-    kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon
+    kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * min(n / horizon, 1)
 
     Args:
         kl_coef: where it starts.
@@ -64,5 +64,5 @@ class AdaptiveKL:
     def update(self, kl: float, episodes: int) -> float:
         """The coefficient after a batch of `episodes` whose mean KL per response was `kl`."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * episodes / self.horizon
+        self.kl_coef *= 1 + error * min(episodes / self.horizon, 1.0)
         return self.kl_coef

@@ -95,10 +95,10 @@ def small_model(vocab_size: int, max_length: int, seed: int = 0, **changes: Any)
 def cast(model: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> Any:
     """The same model with its weights in a dtype, on a device; None leaves them.
 
-    What `from_pretrained` does not cast either stays as it is: buffers that are not saved, the frequencies of rotary
-    positions among them, which bfloat16 would round until far places are turned another way.
+    The frequencies of rotary positions stay as they are, as in `from_pretrained`: rounded to bfloat16 they would turn
+    far places another way.
     """
-    kept = [(m, name, m._buffers[name]) for m in model.modules() for name in m._non_persistent_buffers_set]
+    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if "inv_freq" in name]
     model = model.to(device=device, dtype=dtype)
     for module, name, buffer in kept:
         module._buffers[name] = None if buffer is None else buffer.to(device=device)
@@ -165,7 +165,8 @@ def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called:
         own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
         if not own.items() <= given.items():
             what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"
-            warnings.warn(f"{what} ({len(given)}): give the task its own, tokenizer={str(source)!r}", stacklevel=4)
+            mend = f"a task that takes a tokenizer can be given its own, {str(source)!r}"
+            warnings.warn(f"{what} ({len(given)}): texts are other tokens to it; {mend}", stacklevel=4)
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .task import FAULT
+
 if TYPE_CHECKING:
     from .task import Row, Task
 
@@ -75,15 +77,21 @@ class Outcomes:
                 infos[key], infos[f"_{key}"] = values, ended.copy()
             return last, infos
         codes = self._codes * ended
+        failed: NDArray[np.int64] | None = None
         try:
             where = self._where.take(codes)
             last = self._last.take(where)
         except IndexError:
-            self._learn(codes, episodes)
+            failed, faults = self._learn(codes, episodes)
             where = codes
             last = self._last.take(where)
+            if len(failed):
+                infos[FAULT] = np.array([faults.get(code) for code in codes.tolist()], dtype=object)
+                infos[f"_{FAULT}"] = ended.copy()
         for key, mask, values in self._columns:
             infos[key], infos[mask] = values.take(where), ended.copy()
+        if failed is not None:
+            self._where[failed] = len(self._where)  # asked about again the next time
         return last, infos
 
     def _ask(self, over: NDArray[np.intp], episodes: Episodes) -> tuple[NDArray[np.float64], dict[str, NDArray[Any]]]:
@@ -98,13 +106,13 @@ class Outcomes:
             spread[key][over] = np.array(values, dtype=object) if text else values
         return last, spread
 
-    def _learn(self, codes: NDArray[np.int64], episodes: Episodes) -> None:
-        """Asks the task for the outcomes among `codes` (N,) that are not known yet."""
+    def _learn(self, codes: NDArray[np.int64], episodes: Episodes) -> tuple[NDArray[np.int64], dict[int, str]]:
+        """Asks the task for the outcomes among `codes` (N,) that are not known yet; those that failed, and how."""
         unknown = (self._where[codes] == len(self._where)).nonzero()[0]
         new, first = np.unique(codes[unknown], return_index=True)
         over = unknown[first]
         last, columns = self._ask(over, episodes)
-        columns.pop("score_fault", None)  # not there every time
+        faults = columns.pop(FAULT, None)  # not there every time
         self._last[new] = last[over]
         if not self._columns:
             size = len(self._where)
@@ -115,3 +123,6 @@ class Outcomes:
         for key, _, known in self._columns:
             known[new] = columns[key][over]
         self._where[new] = new
+        said = {} if faults is None else dict(zip(new.tolist(), faults[over].tolist(), strict=True))
+        failed = {code: fault for code, fault in said.items() if fault is not None}
+        return np.array(list(failed), dtype=np.int64), failed

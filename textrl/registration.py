@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from .config import check, check_type
 from .env import TextEnv
 from .scores import shorten
+from .symbols import load_tokenizer
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -144,9 +145,11 @@ def models_tokenizer(task: type[Task] | str, kwargs: Mapping[str, Any], model: A
     takes = parameter is not None and parameter.default is None and "str" in str(parameter.annotation)
     if not takes or kwargs.get("tokenizer") is not None or not isinstance(model, (str, Path)):
         return {}
-    folder = Path(model)
-    has = not folder.is_dir() or any((folder / f"tokenizer{end}.json").is_file() for end in ("", "_config"))
-    return {"tokenizer": str(model)} if has else {}
+    try:
+        load_tokenizer(str(model))
+    except ValueError:  # what is wrong with a model is said where that is loaded
+        return {}
+    return {"tokenizer": str(model)}
 
 
 def make_env(
@@ -160,7 +163,7 @@ def make_env(
 ) -> TextEnv:
     """The single environment of a registered task; `kwargs` are the task's."""
     return TextEnv(
-        make_task(task, **kwargs, **models_tokenizer(task, kwargs, reference)),
+        make_task(task, **{**kwargs, **models_tokenizer(task, kwargs, reference)}),
         reference=reference,
         kl_coef=kl_coef,
         temperature=temperature,
@@ -185,7 +188,7 @@ def make_vector_env(
 ) -> TextVectorEnv:
     """The native vector environment of a registered task; `kwargs` are the task's."""
     return TextVectorEnv(
-        make_task(task, **kwargs, **models_tokenizer(task, kwargs, reference)),
+        make_task(task, **{**kwargs, **models_tokenizer(task, kwargs, reference)}),
         num_envs,
         reference=reference,
         kl_coef=kl_coef,

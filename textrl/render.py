@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class Picture:
 
     def shades(self) -> list[float]:
         """Each number from -1 to 1, as a share of the largest in size."""
-        largest = max((abs(x) for x in self.numbers), default=0.0) or 1.0
+        largest = max((abs(x) for x in self.numbers if not math.isnan(x)), default=0.0) or 1.0
         return [x / largest for x in self.numbers]
 
 
@@ -118,9 +119,9 @@ def colour(shade: float, meaning: str) -> tuple[int, int, int]:
     """Green for a good number, red for a bad one, darker for a smaller one; a KL is bad when it is large."""
     if meaning == "kl":
         shade = -shade
-    strength = 60 + int(140 * min(abs(shade), 1.0))
-    if shade == 0:
+    if shade == 0 or math.isnan(shade):  # what failed is not known
         return (60, 60, 60)
+    strength = 60 + int(140 * min(abs(shade), 1.0))
     return (30, strength, 30) if shade > 0 else (strength, 30, 30)
 
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from .rewards import RewardModel
 
-KIND = "reward model in training"
-
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, eq. 1): (B,), (B,) -> ()."""
@@ -144,7 +142,7 @@ class _Training:
         content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        return {"agent": KIND, "config": config, "options": self.reward_model.options, "pairs": digest}
+        return {"agent": checkpoint.SCORERS[1], "config": config, "options": self.reward_model.options, "pairs": digest}
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
@@ -180,7 +178,9 @@ def _check_pairs(pairs: Any) -> None:
         ValueError: naming row and column.
     """
     if not hasattr(pairs, "column_names"):
-        raise ValueError(f"pairs must be a datasets.Dataset (read_preferences makes one); got {shorten(pairs)}")
+        raise ValueError(
+            f"pairs must be a datasets.Dataset (read_preferences makes one) or a list of rows; got {shorten(pairs)}"
+        )
     missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
     if missing or len(pairs) == 0:
         raise ValueError(

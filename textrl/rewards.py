@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .adapters import has_adapter
-from .checkpoint import MANIFEST, read_manifest, verify_if_ours, whole_folder, write_manifest
+from .checkpoint import MANIFEST, SCORERS, kind_in, verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
 from .hub import check_source
 from .models import longest_text
@@ -27,9 +27,6 @@ from .task import call_score, shorten
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
-
-
-KIND = "RewardModel"
 
 
 class RewardModel:
@@ -108,12 +105,11 @@ class RewardModel:
         Raises:
             ValueError: for a folder that holds anything else than what this wrote.
         """
-        mark = Path(folder) / MANIFEST
-        mine = not mark.is_file() or read_manifest(Path(folder)).get("agent") == KIND
+        mine = kind_in(Path(folder)) in (None, *SCORERS)
         check("folder", str(folder), mine, "a new folder or that of a reward model: there is an agent in it")
         with whole_folder(Path(folder), MANIFEST) as part:
             self.write(part)
-            write_manifest(part, {"agent": KIND})
+            write_manifest(part, {"agent": SCORERS[0]})
 
     def write(self, folder: Path) -> None:
         """The files of model and tokenizer, with what `load` is to know."""

@@ -220,9 +220,19 @@ def layers(env: Any) -> Iterator[Any]:
         yield task
 
 
+FORM = ("num_envs", "autoreset_mode", "max_episode_steps", "temperature", "max_prompt_tokens", "max_new_tokens")
+"""What must be alike in two environments for the state of one to fit the other, beside their kinds."""
+
+
 def form(env: Any) -> list[str]:
     """What an environment is made of, layer by layer: another of the same form can be put in its place."""
-    return [f"{type(layer).__name__} of {getattr(layer, 'num_envs', 1)}" for layer in layers(env)]
+    out = []
+    for layer in layers(env):
+        own = {**vars(layer), **{name: getattr(layer, name) for name in FORM[-2:] if isinstance(layer, Task)}}
+        told = [f"{name}={own[name]}" for name in FORM if name in own]
+        told += ["reference"] if own.get("reference") is not None else []
+        out.append(" ".join([type(layer).__name__, *told]))
+    return out
 
 
 def pack_env(env: Any, tensors: Tensors) -> list[dict[str, Any]]:

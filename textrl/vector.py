@@ -109,8 +109,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     @property
     def rows(self) -> list[Row]:
-        """The N rows of the task that are played; None before the first reset."""
-        return self._texts.rows.tolist()  # type: ignore[no-any-return]
+        """The N rows of the task that are played, not copies; empty ones before the first reset."""
+        return [row or {} for row in self._texts.rows.tolist()]
 
     @property
     def running(self) -> Bools:
