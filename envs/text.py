@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl.files import prompt_rows, text_of
-from textrl.remote import RemoteScore, is_address
+from textrl.remote import RemoteScore
 from textrl.symbols import load_tokenizer
 from textrl.task import Row, Task, call_score, shorten, symbol_tokenizer
 
@@ -59,8 +59,8 @@ class Text(Task):
         skip_bad_rows: bool = False,
         special_tokens: bool = False,
     ) -> None:
-        if is_address(reward):
-            reward = RemoteScore(str(reward))
+        if isinstance(reward, str) and reward.startswith(("http://", "https://")):
+            reward = RemoteScore(reward)
         if not callable(reward):
             raise ValueError(
                 "reward must be a function of prompts and completions, or the address of one (http://...);"

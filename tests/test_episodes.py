@@ -181,7 +181,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     none = collect(env, model, 1, tmp_path / "b").filter_episodes(lambda episode: False)
     with pytest.raises(ValueError, match="dataset must be one with episodes"):
         read_episodes(none)
-    with pytest.raises(ValueError, match="dataset must be new"):
+    with pytest.raises(ValueError, match="dataset must be a new folder"):
         collect(env, model, 1, tmp_path / "b")
     env.task.score = lambda **columns: 1 / 0
     with pytest.raises(ValueError, match="ZeroDivisionError"):
@@ -233,6 +233,15 @@ def test_a_time_limit_is_logged_and_the_environment_left_as_it_was(tmp_path: Pat
     assert env.unwrapped.policy is None  # type: ignore[attr-defined]
     for episode in minari.MinariDataset(tmp_path / "cut" / "data").iterate_episodes():
         assert episode.terminations[-1] != episode.truncations[-1]
+
+
+def test_episodes_that_were_cut_off_are_not_learned_from_nor_judged(tmp_path: Path) -> None:
+    model, what = small_model(4, 8), r"dataset must be whole episodes, .*; got '\d+ of 20 episodes that were cut off"
+    dataset = collect(gym.wrappers.TimeLimit(textrl.TextEnv(Copy()), 2), model, 20, tmp_path / "cut")
+    with pytest.raises(ValueError, match=what):
+        BPO(textrl.TextEnv(Copy()), dataset=dataset)
+    with pytest.raises(ValueError, match=what):
+        textrl.ope.ope(dataset, model, textrl.TextEnv(Copy()))
 
 
 def tall(task: Any, layers: int) -> LlamaForCausalLM:

@@ -12,6 +12,11 @@ Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
 KL = 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3)
 
 
+def test_a_coefficient_stays_above_zero_however_short_the_horizon():
+    adaptive = AdaptiveKL(0.1, 100.0, 10.0)
+    assert [adaptive.update(0.0, 64) for _ in range(3)] == pytest.approx([0.08, 0.064, 0.0512])
+
+
 def test_estimators_by_hand():
     logprob, ref = torch.tensor(math.log(0.5)), torch.tensor(math.log(0.2))
     assert float(k1(logprob, ref)) == pytest.approx(math.log(2.5), abs=1e-6)

@@ -116,4 +116,4 @@ def test_what_is_wrong_is_one_line(message, arguments, capsys, tmp_path, monkeyp
 
 def test_a_dataset_is_not_written_over(logged, capsys):
     code, _, err = run(capsys, "collect", *COPY, "--dataset", logged)
-    assert code == 2 and "dataset must be new" in err
+    assert code == 2 and "dataset must be a new folder" in err

@@ -251,12 +251,8 @@ def test_every_kind_of_adapter_is_merged_and_loaded_as_it_is(kind, tmp_path):
 
 
 def test_the_base_is_kept_where_an_agent_is_saved_over_it(tmp_path):
-    llama().save_pretrained(tmp_path / "model")
-    Letters().tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "agent.json").write_text("{}")
-    agent = REINFORCE(
-        environment(None, 0.0), AutoModelForCausalLM.from_pretrained(tmp_path / "model"), peft_config=lora()
-    )
+    REINFORCE(environment(None, 0.0), llama()).save(tmp_path / "model")
+    agent = REINFORCE(environment(None, 0.0), tmp_path / "model", peft_config=lora())
     agent.save(tmp_path / "model")
     again = REINFORCE.load(tmp_path / "model", environment(None, 0.0))
     for name, weight in base_weights(agent.model).items():

@@ -1,5 +1,6 @@
 """Pictures of episodes: what is told apart, what shades a token, and that a film can be made of them."""
 
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.text import Text
 from textrl.policy import small_model
-from textrl.render import CELL, COLUMNS, LINES, SCALE, Picture, Trace, ansi, colour, frame
+from textrl.render import CELL, COLUMNS, LINES, SCALE, Picture, Trace, ansi, colour, draw, frame
 
 TOKEN = re.compile(r"\x1b\[97;48;2;(\d+);(\d+);(\d+)m(.*?)\x1b\[0m")
 
@@ -28,6 +29,13 @@ def tokens(text):
 
 def picture(numbers, meaning="reward", pieces="ab"):
     return Picture("p", list(pieces), numbers, meaning, 0.5)
+
+
+@pytest.mark.parametrize("mode", ["ansi", "rgb_array"])
+def test_a_number_that_failed_is_drawn_too(mode):
+    picture = Picture("a", ["b", "c", "d"], [math.nan, 1.0, -0.5], "reward", math.nan)
+    assert picture.shades()[1:] == [1.0, -0.5]
+    assert draw(picture, mode) is not None
 
 
 def test_prompt_and_response_are_told_apart():

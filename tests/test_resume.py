@@ -235,6 +235,22 @@ def test_an_agent_is_loaded_on_any_kind_of_environment_and_resumed_on_its_own(fi
                 restore(other, tmp_path / "agent")
 
 
+def test_a_loaded_agent_leaves_its_environment_as_it_is(tmp_path):
+    agents.REINFORCE(textrl.TextEnv(Copy()), batch_size=8, device="cpu").learn(30).save(tmp_path / "agent")
+    reference = small_model(4, 8, 3)
+    env = textrl.TextEnv(Copy(), reference=reference, kl_coef=0.2, temperature=0.5)
+    loaded = agents.REINFORCE.load(tmp_path / "agent", env)
+    assert env.reference is reference and env.kl_coef == 0.2 and env.temperature == 0.5
+    assert loaded.collect().ref_logprobs is not None
+    longer = textrl.TextEnv(Copy(), reference=reference, kl_coef=0.2)
+    longer.task.max_new_tokens = 3
+    agents.REINFORCE.load(tmp_path / "agent", longer)
+    assert longer.task.max_new_tokens == 3
+    wrapped = lambda: gym.wrappers.RecordEpisodeStatistics(textrl.TextEnv(Copy()))  # noqa: E731
+    first, second = (agents.REINFORCE.load(tmp_path / "agent", wrapped()).collect() for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens)  # its prompts and tokens are those of the agent's seed
+
+
 class Two(agents.REINFORCE):
     name = "model_b"
 
@@ -435,10 +451,10 @@ def test_a_damaged_log_is_named_and_the_run_goes_on(damage, tmp_path, capsys):
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
-    for name in (".a-0k_q9xyz", ".a-0k_q9xyz-old", ".a-mine", ".b-0k_q9xyz"):
+    for name in (".a-textrl-part-0k_q9xyz", ".a-textrl-part-0k_q9xyz-old", ".a-snapshot", ".b-textrl-part-0k_q9xyz"):
         (tmp_path / name).mkdir()
     agents.REINFORCE(sampled()).save(tmp_path / "a")
-    assert sorted(each.name for each in tmp_path.iterdir()) == [".a-mine", ".b-0k_q9xyz", "a"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".a-snapshot", ".b-textrl-part-0k_q9xyz", "a"]
 
 
 def test_what_was_saved_before_comes_back_where_the_new_cannot_take_its_place(tmp_path, monkeypatch):

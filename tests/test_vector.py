@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -89,6 +90,36 @@ def same(theirs, ours, where=""):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=where)
         else:
             np.testing.assert_array_equal(ours, theirs, err_msg=where)
+
+
+class Down(textrl.Task):
+    """A deterministic score that fails while it is down."""
+
+    deterministic = True
+    down = True
+
+    def __init__(self):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=1)
+
+    def prompts(self):
+        return [{"prompt": "a"}]
+
+    def score(self, prompts, completions, **columns):
+        return [float("nan") if self.down and c == "b" else 1.0 for c in completions]
+
+
+def test_a_score_that_failed_is_asked_for_again():
+    envs = textrl.TextVectorEnv(Down(), 3, autoreset_mode="DISABLED")
+    envs.task.asking = replace(envs.task.asking, drop=True)
+    known = False
+    for down in (True, False, True):
+        envs.task.down = down
+        envs.reset(seed=0)
+        _, _, _, _, infos = envs.step(np.array([2, 1, 2]))
+        failed = [True, False, True] if down and not known else [False] * 3  # what is known stays known
+        assert np.isnan(infos["score"]).tolist() == failed
+        assert [fault is not None for fault in infos.get("score_fault", [None] * 3)] == failed
+        known |= not down
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,7 +10,7 @@ from gymnasium.wrappers import NormalizeReward, RecordEpisodeStatistics, RecordV
 from gymnasium.wrappers import vector as vector_wrappers
 
 import textrl
-from textrl.agents import PPO, REINFORCE
+from textrl.agents import NLPO, PPO, REINFORCE
 from textrl.critic import state_values, with_advantages
 from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
@@ -362,6 +362,25 @@ def test_a_sync_vector_env_of_a_task_with_masks_is_stepped_inside_them():
         here = rollout.action_mask[:, t].numpy()
         expected = task.masks([row for row, on in zip(rows, here, strict=True) if on], written[here])
         np.testing.assert_array_equal(rollout.allowed[:, t].numpy()[here], expected)
+
+
+@pytest.mark.parametrize("kind", ["masks", "own masks", "both"])
+@pytest.mark.parametrize("many", [False, True])
+def test_the_penalty_of_a_wrapped_environment_is_that_of_the_policy_inside_its_masks(kind, many):
+    task = Copy() if kind == "own masks" else Brackets()
+    base = (
+        textrl.TextVectorEnv(task, 4, reference=tiny(task, 2), kl_coef=0.5)
+        if many
+        else textrl.TextEnv(task, reference=tiny(task, 2), kl_coef=0.5)
+    )
+    env = vector_wrappers.RecordEpisodeStatistics(base) if many else RecordEpisodeStatistics(base)
+    own = {"top_p": 0.6} if kind != "masks" else {}
+    agent = (NLPO if own else REINFORCE)(env, tiny(task, 5), batch_size=16, device="cpu", **own)
+    rollout = agent.collect()
+    assert rollout.allowed is not None and not rollout.allowed.all()
+    kl = 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores - kl, atol=1e-4, rtol=0)
+    assert base.policy is None
 
 
 def test_the_penalty_is_whole_wherever_it_is_paid():

@@ -16,7 +16,7 @@ from .drawing import Sampling, draw
 from .generation import generate, stop_at
 from .models import longest_text
 from .rollout import Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import action_masks, collect_stepped, is_bare, penalty_weight
+from .stepping import action_masks, attached, collect_stepped, is_bare
 from .stepwise import StepwiseLM
 from .task import Row, Task
 
@@ -47,20 +47,15 @@ def collect(agent: Agent) -> Rollout:
             f"{type(agent).__name__} draws {agent.group_size} responses to each prompt, which a wrapped environment"
             " cannot be asked for: pass the environment itself"
         )
-    attached, before = agent.env.unwrapped is agent.base, agent.base.policy
     seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
-    missing = 0.0 if attached else penalty_weight(agent.env)
 
     def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
         return in_environment(agent, observations)
 
-    if attached:
-        agent.base.policy = agent.stepper
-    try:
+    narrow = agent.narrow if agent.narrows else None
+    with attached(agent.env, agent.stepper, narrow) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
         return collect_stepped(agent.env, agent.task, act, size, **settings)
-    finally:
-        agent.base.policy = before  # whoever steps the environment next is another
 
 
 def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:

@@ -146,10 +146,11 @@ def _check_kind(config: PeftConfig) -> None:
         ValueError: naming the field.
     """
     start = getattr(config, "init_lora_weights", True)
-    changes = isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq"))
+    changes = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
     for name, fine, right in (
         ("init_lora_weights", not changes, "one that leaves the base weights as they are (True)"),
         ("bias", getattr(config, "bias", "none") == "none", '"none"'),
+        ("layer_replication", getattr(config, "layer_replication", None) is None, "None"),
         ("trainable_token_indices", getattr(config, "trainable_token_indices", None) is None, "None"),
     ):
         check(f"peft_config.{name}", getattr(config, name, None), fine, right)
@@ -267,7 +268,10 @@ def save_adapter(model: PreTrainedModel, folder: Path, final: Path) -> None:
     elif Path(name).is_dir():
         name = str(Path(name).resolve())
     content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**content, "base_model_name_or_path": name}, indent=2, sort_keys=True))
+    content |= {"base_model_name_or_path": name}
+    if "init_lora_weights" in content:  # the base is as it is now: nothing is to be made of it again
+        content["init_lora_weights"] = True
+    (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:

@@ -62,8 +62,7 @@ def chosen_row(options: dict[str, Any] | None, task: Task) -> Row | None:
     """
     if options is None:
         return None
-    if not isinstance(options, dict):
-        raise ValueError(f"options must be a dict or None; got {options!r}")
+    check("options", options, isinstance(options, dict), "a dict or None")
     row = options.get("row", {"prompt": options["prompt"]} if "prompt" in options else None)
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):  # what is wrong with others is said later
         return {**task.row_of(row["prompt"]), **row}

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import state
-from .adapters import has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
+from .adapters import BASE, has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
 from .config import check
 from .disk import file_hash as file_hash
 from .disk import read_json
@@ -35,6 +35,8 @@ MANIFEST = "agent.json"
 STATE, TENSORS = "state.json", "state.safetensors"
 SCORERS = ("RewardModel", "reward model in training")
 """Kinds of saved things that are reward models, and no agents."""
+PART = "textrl-part-"
+"""In the names of folders that are written beside the one whose place they take."""
 BOUND = "max_tokens_per_microbatch"
 """A setting that a run may lower by itself, and that may be another on another machine."""
 
@@ -62,7 +64,7 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{PART}", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
     try:
@@ -87,7 +89,7 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
 def _remove_leftovers(folder: Path) -> None:
     """Removes what processes that were killed while they wrote to `folder` left beside it."""
     for each in folder.parent.glob(".*"):
-        if re.fullmatch(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}(-old)?", each.name) and each.is_dir():
+        if re.fullmatch(rf"\.{re.escape(folder.name)}-{PART}[a-z0-9_]{{8}}(-old)?", each.name) and each.is_dir():
             shutil.rmtree(each, ignore_errors=True)
 
 
@@ -207,7 +209,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
     )
     with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
-            taken = name in ("state", "model", "adapter_model") or name.startswith("model-")
+            taken = name in ("state", "model", "adapter_model", BASE) or name.startswith("model-")
             check("modules", name, not taken, "modules under other names than those of the policy's files")
             if not has_adapter(module):
                 save_module(module, part, "" if name == "policy" else name)
@@ -276,7 +278,8 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
         agent.base.kl_coef = manifest["kl_coef"]
     kl_coef = agent.base.kl_coef
     state.unpack_attributes(agent, content["agent"], tensors, agent.device)
-    was, is_now = content["form"], state.form(agent.env)
+    is_now = state.form(agent.env)
+    was = content.get("form", is_now)
     if was == is_now:
         state.unpack_env(agent.env, content["env"], tensors, agent.device)
         agent.base.kl_coef = kl_coef

@@ -23,14 +23,13 @@ from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
 from .disk import could_be_folder
 from .drawing import Sampling, draw
-from .env import TextEnv, observation_space
+from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
 from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
-from .stepping import Act, action_masks, collect_stepped, penalty_weight
+from .stepping import Act, action_masks, attached, collect_stepped, penalty_weight
 from .stepwise import StepwiseLM
 from .task import Task
-from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -73,22 +72,16 @@ def collect(
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(int(seed))
     folder = dataset_folder(dataset)
-    if (folder / "data").exists():
-        raise ValueError(f"dataset must be new; there is one at {str(folder)!r} already")
     new = could_be_folder(folder) and not (folder.is_dir() and any(folder.iterdir()))
     check("dataset", str(folder), new, "a new folder, or one that is empty")
     stepper = StepwiseLM(policy, base.task.vocab_size)
     storage: Any = None  # made when there is something to write
-    with few_threads(lm), _whole(folder), _as_it_was(base):
+    with few_threads(lm), _whole(folder), attached(env, stepper, narrow) as missing:
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
             if is_bare(env):
                 rollout = collect_sampled(base, policy, size, rng=rng, generator=generator, narrow=narrow)
             else:
-                attached = env.unwrapped is base
-                if attached:
-                    base.policy = stepper
-                missing = 0.0 if attached else penalty_weight(env)
                 rollout = collect_stepped(
                     env,
                     base.task,
@@ -103,16 +96,6 @@ def collect(
                 storage = _new_storage(dataset, env, type(model).__name__)
             storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
-
-
-@contextmanager
-def _as_it_was(base: TextEnv | TextVectorEnv) -> Iterator[None]:
-    """Puts the environment's policy back: whoever steps it next is another."""
-    before = base.policy
-    try:
-        yield
-    finally:
-        base.policy = before
 
 
 def _paid(rollout: Rollout, kl_coef: float) -> Tensor:

@@ -28,7 +28,7 @@ class AgentConfig:
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
     score_start: float = (
-        0.1  # weight of the score at first with a KL penalty, for agents that learn from fresh episodes
+        0.1  # weight of the score at first, with a KL penalty; rises to 1; not in ReST or with kl_target
     )
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one

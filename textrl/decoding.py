@@ -143,8 +143,8 @@ def works(device: torch.device) -> bool:
     """Whether the kernels compile and run on this device; where they do not, a warning says why."""
 
     def both() -> Any:
-        one = torch.ones(1, 1, 16, device=device)
-        attend(one, one, one, torch.zeros(1, dtype=torch.int64, device=device), one[None] * 1, one[None] * 1)
+        one, cache = torch.ones(1, 1, 16, device=device), torch.zeros(2, 1, 1, 1, 16, device=device)
+        attend(one, one, one, torch.zeros(1, dtype=torch.int64, device=device), cache[0], cache[1])
         return draw_plainly(one[0], 16, torch.zeros(1, device=device), 1.0)
 
     return runs(both, "sampling takes")

@@ -59,7 +59,7 @@ def end_token(patient: Patient) -> str:
         raise Fault(f"the end token {name!r} does not end an episode", "terminated=True after the end token")
     if any(early for _, _, early in patient.stepped()):
         raise Fault("an episode ends before its end token", "terminated=True only at the end token or the horizon")
-    config = patient.agent.model.generation_config or patient.agent.model.config
+    config = getattr(patient.agent.model, "generation_config", None) or patient.agent.model.config
     own = getattr(config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     if ends and task.eos_token_id not in ends:

@@ -156,6 +156,7 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
     Raises:
         ValueError: for episodes whose scores are not known.
     """
+    check_whole(logged)
     bad = bool(logged.scores.isnan().any())
     check("dataset", "episodes without scores", not bad, "episodes whose scores are known")
     if logged.allowed is None and (masks := masks_along(base.task, logged)) is not None:
@@ -166,6 +167,17 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
     if logged.ref_logprobs is None or bool(logged.logprobs.isnan().any()):
         return logged.scores
     return logged.scores - base.kl_coef * (logged.logprobs - logged.ref_logprobs).sum(1)
+
+
+def check_whole(logged: Rollout) -> None:
+    """Refuses episodes that a time limit cut off: what they would have been worth nobody knows.
+
+    Raises:
+        ValueError: counting them.
+    """
+    cut = 0 if logged.truncated is None else int(logged.truncated.sum())
+    what = f"{cut} of {len(logged)} episodes that were cut off by a time limit"
+    check("dataset", what, not cut, "whole episodes, each to its own end")
 
 
 def read_logged(file: str | Path, skip_bad_rows: bool = False) -> Rows:

@@ -174,13 +174,13 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
 
 def whole(text: str) -> int:
     """A whole number, also as 1e6 or 1_000_000."""
-    return int(text) if "e" not in text.lower() else _exactly(float(text))
-
-
-def _exactly(number: float) -> int:
-    if not number.is_integer():
-        raise ValueError(number)
-    return int(number)
+    try:
+        number = float(text)
+        if number.is_integer():
+            return int(number) if "e" in text.lower() else int(text)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}")
 
 
 def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def env_page(id: str) -> str:
     Raises:
         ValueError: for an id that is not registered.
     """
-    return inspect.getdoc(task_class(registered()[check_env_id(id)])) or "-"
+    known = check_env_id(id)  # which may register it
+    return inspect.getdoc(task_class(registered()[known])) or "-"
 
 
 def env_cells(id: str, where: Any) -> list[str]:

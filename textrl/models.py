@@ -110,13 +110,6 @@ def without_dropout(model: PreTrainedModel) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in (
-            "attention_dropout",
-            "activation_dropout",
-            "dropout",
-        ):  # of attention that is given a number in training mode
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
     return model.eval()
 
 
@@ -162,7 +155,10 @@ def load_model(
 def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called: str) -> None:
     """Warns where a folder holds a tokenizer by which the texts would be other tokens than by this one."""
     if isinstance(source, (str, Path)) and (Path(source) / "tokenizer.json").is_file():
-        own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
+        try:
+            own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
+        except ValueError:  # one that cannot be read is no other one
+            return
         if not own.items() <= given.items():
             what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"
             mend = f"a task that takes a tokenizer can be given its own, {str(source)!r}"

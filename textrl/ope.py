@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check
-from .episodes import as_episodes
+from .episodes import as_episodes, check_whole
 from .logprobs import NEVER
 from .policy import CausalPolicy, load_model
 from .returns import discounted_returns
@@ -125,6 +125,7 @@ def ope(
     policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
     logged = as_episodes(dataset, base.task, policy.device)
     logged = replace(logged, allowed=masks_along(base.task, logged, narrow))  # those of the policy, whoever was logged
+    check_whole(logged)
     check("dataset", f"{len(logged)} episodes", len(logged) >= 4, "at least 4 episodes")
     for name in ("logprobs", "scores"):
         known = not bool(getattr(logged, name).isnan().any())

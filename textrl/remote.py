@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -72,7 +73,8 @@ class RemoteScore:
         columns: Sequence[str] = (),
         headers: dict[str, str] | None = None,
     ) -> None:
-        check("url", url, is_address(url), 'the address of a score, "http://..." or "https://...", no password in it')
+        shown = re.sub(r"//[^/]*@", "//...@", url) if isinstance(url, str) else url
+        check("url", shown, is_address(url), 'the address of a score, "http://..." or "https://...", no password in it')
         for name, value in (("timeout", timeout), ("max_backoff", max_backoff)):
             check(name, value, isinstance(value, (int, float)) and 0 < value < float("inf"), "a finite number above 0")
         check("backoff", backoff, isinstance(backoff, (int, float)) and 0 <= backoff < float("inf"), "at least 0")

@@ -2,7 +2,7 @@
 
 A token's kernels are small: started one by one from Python, the GPU waits for the next most of the time. A graph starts
 them all at once, but with the same shapes and memory each time: the batch is not cut down, the whole cache is attended
-to behind a mask, and the token's place is a number on the device.
+to behind a mask (by kernels of our own as far as it is written), and the token's place is a number on the device.
 """
 
 from __future__ import annotations

@@ -143,6 +143,10 @@ class CausalLMPolicy(ActorCriticPolicy):
         settings = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **settings)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """Nothing changes: a language model with dropout would say another thing each time it is asked."""
+        super().set_training_mode(False)
+
     def _build(self, lr_schedule: Any) -> None:
         """No MLP: the constructor puts the language models in its place."""
 

@@ -22,7 +22,7 @@ class FlatSlots:
         self.flat, self.width = flat, width
         self.kernels = kernels_for("decoding", policy.device)
         self.every_row = torch.arange(batch, device=policy.device)
-        shape = (2, flat.layers, batch, flat.groups, self.width, flat.head_dim)
+        shape = (2, flat.layers, batch, flat.groups, width, flat.head_dim)
         self.cache = torch.zeros(shape, dtype=policy.model.dtype, device=policy.device)
 
     def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from .asking import AllDropped
 from .env import TextEnv
 from .generation import NotFinite
-from .rollout import Rollout, pad_responses
+from .penalty import Policy
+from .rollout import Narrow, Rollout, both_masks, pad_responses
 from .scores import about
 from .task import FAULT, Row, Task
 from .vector import TextVectorEnv
@@ -56,6 +58,38 @@ def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
         return np.stack([each.get_wrapper_attr("action_masks")() for each in inner.envs])
     asked = env.get_wrapper_attr("action_masks") if isinstance(env, gym.Env) else inner.action_masks
     return np.atleast_2d(asked())  # type: ignore[no-any-return]
+
+
+@contextmanager
+def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[float]:
+    """Lets an environment know who acts in it, as long as this lasts, so that it can pay the whole KL penalty.
+
+    Args:
+        env: wrapped or not.
+        policy: observations (N, L) -> logits (N, V), without masks.
+        narrow: the agent's own masks, if it has any.
+
+    Yields:
+        kl_coef, where the environment could not be told and leaves `-kl_coef * log pi` to the agent; else 0.
+    """
+    base = base_env(env)
+    if env.unwrapped is not base:
+        yield penalty_weight(env)
+        return
+
+    def inside(observations: NDArray[np.int64]) -> Tensor:
+        """What tokens are drawn from: inside the masks that hold now."""
+        logits: Tensor = policy(observations)
+        masks = np.atleast_2d(base.action_masks()) if base.task.masked else None
+        if narrow is not None:
+            masks = both_masks(masks, narrow(observations))
+        return logits if masks is None else logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
+
+    before, base.policy = base.policy, inside
+    try:
+        yield 0.0
+    finally:
+        base.policy = before  # whoever steps the environment next is another
 
 
 def penalty_weight(env: Any) -> float:
