@@ -18,9 +18,9 @@ from torch import Tensor
 
 from textrl.acting import responses_to
 from textrl.agent import Agent, AgentConfig, check, is_bare
-from textrl.asking import AllDropped
 from textrl.drawing import Sampling
 from textrl.rollout import Rollout, sample_episodes
+from textrl.scores import ScoreError, shorten
 from textrl.task import Row
 
 
@@ -107,6 +107,7 @@ class BestOfN(Agent):
         scores = self.task.evaluate(rows, ids, texts)
         kept = [i for i in range(len(rows)) if i not in scores.faults]
         groups = torch.tensor([i // size for i in kept])
-        if len(set(groups.tolist())) < len(prompts):
-            raise AllDropped(list(scores.faults.values()))
+        for i in set(range(len(prompts))) - set(groups.tolist()):
+            what = f"score failed for all {size} responses to prompt {shorten(prompts[i])}"
+            raise ScoreError(f"{what}, the first: {scores.faults[i * size]}")
         return [texts[kept[i]] for i in best_of_groups(torch.from_numpy(scores.totals)[kept], groups).tolist()]

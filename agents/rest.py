@@ -10,7 +10,7 @@ is less noisy than a draw: mu exp(R / kl_coef) is pi_ref exp(score / kl_coef), s
 are those of the optimum, and at the optimum R is the same for every response and so is w: it is where the iteration
 rests. That a share is kept, and not all above a quantile of R, tells a rare success from failures that all score the
 same. A batch is large, because what is fitted is the sample and not mu: its noise stays in the policy. The first batch
-may be a logged one, from whatever mu.
+may be a logged one, from whatever mu. A score that is drawn (noise, hidden columns) is fitted at its luckiest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The flat forward against the model's own: states, gradients, samples, any padding and any order."""
 
 import copy
+import importlib
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import textrl
-import textrl.decoding
 import textrl.generation
 import textrl.policy
 import textrl.slots
@@ -285,9 +285,15 @@ def test_attention_in_bfloat16_is_that_in_float32(form):
         torch.testing.assert_close(grad.float(), right, atol=0.1, rtol=0.05)
 
 
+@pytest.fixture
+def decoding():
+    pytest.importorskip("triton")
+    return importlib.import_module("textrl.decoding")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama, one key head"])
 @pytest.mark.parametrize("options", OPTIONS[1:3])
-def test_a_gpus_kernels_draw_what_the_loop_draws(name, options, monkeypatch):
+def test_a_gpus_kernels_draw_what_the_loop_draws(name, options, decoding, monkeypatch):
     """By Triton's interpreter, with parts so small that there are several."""
     policy, prompts = CausalPolicy(MODELS[name](), VOCAB), [np.array([1, 2]), np.array([3])]
 
@@ -296,29 +302,29 @@ def test_a_gpus_kernels_draw_what_the_loop_draws(name, options, monkeypatch):
         return generate(policy, prompts, 6, [0], sampling=Sampling(**options), generator=seeded)
 
     plain, used = sample(), []
-    monkeypatch.setattr(textrl.decoding, "TILE", 4)
-    monkeypatch.setattr(textrl.decoding, "BLOCK", 4)
+    monkeypatch.setattr(decoding, "TILE", 4)
+    monkeypatch.setattr(decoding, "BLOCK", 4)
     monkeypatch.setitem(textrl.generation.RECORDERS, "cpu", lambda step: step)
     for module in (textrl.slots, textrl.generation):
-        monkeypatch.setattr(module, "kernels_for", lambda name, device: used.append(1) or textrl.decoding)
+        monkeypatch.setattr(module, "kernels_for", lambda name, device: used.append(1) or decoding)
     fixed = sample()
     assert used and plain.lengths.max() > 4
     assert torch.equal(plain.responses, fixed.responses)
     torch.testing.assert_close(fixed.logprobs, plain.logprobs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernels_draw_at_the_edges():
+def test_the_kernels_draw_at_the_edges(decoding):
     logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf, 1.0, 1.0, -torch.inf, 9.0]]).expand(6, 8)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.5, 0.75, 1 - 2**-24])
-    tokens, logprobs = textrl.decoding.draw_plainly(logits, 7, uniforms, 2.0)  # the last column is padding
+    tokens, logprobs = decoding.draw_plainly(logits, 7, uniforms, 2.0)  # the last column is padding
     assert tokens.tolist() == [1, 1, 2, 4, 5, 5]
     torch.testing.assert_close(logprobs, torch.full((6,), 0.25).log())
-    assert not textrl.decoding.draw_plainly(logits * torch.nan, 7, uniforms, 1.0)[1].isfinite().any()
+    assert not decoding.draw_plainly(logits * torch.nan, 7, uniforms, 1.0)[1].isfinite().any()
 
 
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 8), (6, 2, 6), (2, 1, 16)])
-def test_the_kernel_attends_to_what_is_written(heads, groups, dim, monkeypatch):
-    monkeypatch.setattr(textrl.decoding, "TILE", 4)
+def test_the_kernel_attends_to_what_is_written(heads, groups, dim, decoding, monkeypatch):
+    monkeypatch.setattr(decoding, "TILE", 4)
     torch.manual_seed(0)
     q, k, v = torch.randn(5, heads + 2 * groups, dim).split([heads, groups, groups], 1)
     keys, values = torch.randn(2, 5, groups, 11, dim)
@@ -328,7 +334,7 @@ def test_the_kernel_attends_to_what_is_written(heads, groups, dim, monkeypatch):
         past = [x.repeat_interleave(heads // groups, 0)[None] for x in past]
         want.append(attention(q[i][None, :, None], *past)[0, :, 0])
     rows = torch.arange(5)
-    torch.testing.assert_close(textrl.decoding.attend(q, k, v, columns, keys, values), torch.stack(want))
+    torch.testing.assert_close(decoding.attend(q, k, v, columns, keys, values), torch.stack(want))
     assert torch.equal(keys[rows, :, columns], k) and torch.equal(values[rows, :, columns], v)
 
 

@@ -24,6 +24,7 @@ def device(request, monkeypatch):
     """Where the tensors are, and by which of the two ways they are read."""
     if request.param == "plain":
         return torch.device("cpu")
+    pytest.importorskip("triton")
     import textrl.fused
 
     monkeypatch.setattr(textrl.fused, "BLOCK", 4)  # a row is three blocks
@@ -96,6 +97,7 @@ def test_a_token_that_is_not_allowed_is_as_improbable_in_both_ways(device):
 
 
 def test_kernels_that_do_not_run_are_told_and_left_alone(monkeypatch):
+    pytest.importorskip("triton")
     import textrl.fused
 
     def broken(*arguments, **constants):

@@ -16,6 +16,7 @@ import torch
 import textrl
 from textrl.agents import GRPO, PPO, REINFORCE, BestOfN, ReST
 from textrl.asking import AllDropped, Asking
+from textrl.envs.copy import Copy
 from textrl.failures import TrainingError
 from textrl.returns import group_normalised, leave_one_out
 from textrl.scores import ScoreError
@@ -326,3 +327,14 @@ def test_prompts_of_pandas_are_refused():
     table = pd.DataFrame({"prompt": ["a", "b"]})
     with pytest.raises(ValueError, match="prompts must be a list of texts, a dataset or a file of them"):
         text_env(lambda completions: [0.0], prompts=table)
+
+
+def test_the_best_of_n_names_a_prompt_all_of_whose_scores_failed():
+    class Picky(Copy):
+        def score(self, prompts, completions, **columns):
+            return [float("nan") if prompt == "bbb" else 1.0 for prompt in prompts]
+
+    agent = BestOfN(textrl.TextEnv(Picky()), n=3, device="cpu", on_score_error="drop")
+    assert len(agent.generate(["aaa", "ccc"])) == 2
+    with pytest.raises(ScoreError, match=r"score failed for all 3 responses to prompt 'bbb', the first: score .* nan"):
+        agent.generate(["aaa", "bbb"])
