@@ -17,21 +17,19 @@ all pairs may be worse than the reference. Then more pairs help, or a larger bet
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.files import Rows, all_or_none, dataset_rows, number_of, text_of
-from textrl.offline import Epochs, digest, encode_response, given_rollout, token_ids
+from textrl.files import Rows, dataset_rows
+from textrl.offline import Epochs, digest, given_rollout
+from textrl.pairs import SIDES, Pair, encoded_pairs, hold_out
 from textrl.policy import CausalPolicy
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
 from textrl.rollout import Rollout, batched_logprobs, microbatches
@@ -40,10 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-SIDES = ("chosen", "rejected")
 DEFAULT_BETA = 0.1
-FEWEST = 20
-"""Fewer pairs than this are not held out: they could not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +97,8 @@ class DPO(Agent):
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
     not_saved: ClassVar[tuple[str, ...]] = (
-        "_pairs",
-        "_given",
-        "dataset_digest",
-        "_tells_of",
-        "_by",
-        "_held",
-        "_learned",
-        "beta",
-    )
+        "_pairs", "_given", "dataset_digest", "_tells_of", "_by", "_held", "_learned", "beta",
+    )  # fmt: skip
     needs_dataset = True
 
     def __init__(
@@ -126,75 +114,24 @@ class DPO(Agent):
         self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
         self._given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._reference: Tensor | None = None  # (N, 2), once it is known
-        self._pairs: list[tuple[list[int], list[list[int]], list[float] | None]] = []
+        self._pairs: list[Pair] = []
         if dataset is not None:
-            pairs = dataset_rows(dataset, self.read_dataset).each(self._encode)
-            self._pairs = [pair for pair in pairs if pair[1][0] != pair[1][1]]
-            if len(self._pairs) < len(pairs):
-                what = f"whose chosen and rejected are the same {self.task.max_new_tokens} tokens at most"
-                warnings.warn(f"dropped {len(pairs) - len(self._pairs)} of {len(pairs)} pairs {what}", stacklevel=2)
-            known = [reference for _, _, reference in self._pairs if reference is not None]
-            all_or_none(len(known), len(self._pairs), f"the columns {list(REFERENCE_COLUMNS)}")
-            self._given = torch.tensor(known) if known else None
-            check(
-                "dataset",
-                f"{len(pairs)} pairs that are alike",
-                bool(self._pairs),
-                "pairs that differ within the horizon",
-            )
+            self._pairs, self._given = encoded_pairs(self.task, dataset_rows(dataset, self.read_dataset))
         self._reference = self._given
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
         self._told_of = self._tells_of = f"{self.dataset_digest} {_fingerprint(self.base.reference)}"  # whom, of what
         self._epochs_of = self.dataset_digest
         held_by = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
         self._best_of = self._by = f"{self.dataset_digest} {held_by}"  # which pairs, held out how, under which loss
-        order, repeats = self._shuffled_pairs()
-        held = round(self.config.held_out * len(self._pairs))
-        held = int(repeats[repeats <= held].max(initial=0)) if held >= FEWEST else 0
-        fine = not held or held < len(self._pairs)
-        check(
-            "held_out",
-            self.config.held_out,
-            fine,
-            f"a share that leaves some of {len(self._pairs)} pairs to learn from",
-        )
-        self._held, self._learned = order[:held], order[held:]
+        self._held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)
         self._epochs = Epochs(self.generator)
         self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
         self.best_loss = self.held_out_loss = math.inf
-
-    def _shuffled_pairs(self) -> tuple[Tensor, NDArray[np.int64]]:
-        """Random places of all pairs, the same two responses to a prompt next to each other; and where such end."""
-        members: dict[Any, list[int]] = {}
-        for i, (prompt, both, _) in enumerate(self._pairs):
-            members.setdefault((tuple(prompt), frozenset(map(tuple, both))), []).append(i)
-        every = list(members.values())
-        shuffled = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
-        order = [i for number in shuffled for i in every[number]]
-        return torch.tensor(order, dtype=torch.int64), np.cumsum(
-            [len(every[number]) for number in shuffled], dtype=np.int64
-        )
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
         """The pairs of a file, in any format that `read_preferences` knows."""
         return read_pairs(file, skip_bad_rows=skip_bad_rows)
-
-    def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[list[int]], list[float] | None]:
-        """Token ids of the prompt, of the chosen and the rejected response, and what the reference says of them."""
-        prompt = text_of(row, "prompt")
-        responses = []
-        for side in SIDES:
-            if row.get(f"{side}_ids") is None:
-                responses.append(encode_response(self.task, prompt, text_of(row, side))[1])
-            else:
-                responses.append(token_ids(row, f"{side}_ids", self.task))
-        given = [name for name in REFERENCE_COLUMNS if row.get(name) is not None]
-        if len(given) == 1:
-            (missing,) = set(REFERENCE_COLUMNS) - set(given)
-            raise ValueError(f"column {missing!r} must be given where {given[0]!r} is; got {row.get(missing)!r}")
-        reference = [number_of(row, name) for name in REFERENCE_COLUMNS] if given else None
-        return self.task.encode({"prompt": prompt}).tolist(), responses, reference
 
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""

@@ -1,0 +1,82 @@
+"""Preference pairs as token ids: those that differ, what a reference is said to say of them, and some held out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import check
+from .files import Rows, all_or_none, number_of, text_of
+from .offline import encode_response, token_ids
+from .preferences import REFERENCE_COLUMNS
+from .task import Task
+
+SIDES = ("chosen", "rejected")
+FEWEST = 20
+"""Fewer pairs than this are not held out: they could not tell."""
+
+Pair = tuple[list[int], list[list[int]], list[float] | None]
+"""Token ids of a prompt, of the chosen and the rejected response, and what the reference says of these."""
+
+
+def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
+    """The pairs of some rows that differ within the horizon, and the reference's log-probabilities if the rows have them.
+
+    Returns:
+        N pairs, and (N, 2) or None.
+
+    Raises:
+        ValueError: for rows of another kind, reference columns that only some rows have, or no pair that differs.
+    """
+    every = rows.each(lambda row: _encode(task, row))
+    pairs = [pair for pair in every if pair[1][0] != pair[1][1]]
+    check("dataset", f"{len(every)} pairs that are alike", bool(pairs), "pairs that differ within the horizon")
+    if len(pairs) < len(every):
+        what = f"whose chosen and rejected are the same {task.max_new_tokens} tokens at most"
+        warnings.warn(f"dropped {len(every) - len(pairs)} of {len(every)} pairs {what}", stacklevel=3)
+    known = [reference for _, _, reference in pairs if reference is not None]
+    all_or_none(len(known), len(pairs), f"the columns {list(REFERENCE_COLUMNS)}")
+    return pairs, torch.tensor(known) if known else None
+
+
+def _encode(task: Task, row: Mapping[str, Any]) -> Pair:
+    prompt = text_of(row, "prompt")
+    responses = []
+    for side in SIDES:
+        if row.get(f"{side}_ids") is None:
+            responses.append(encode_response(task, prompt, text_of(row, side))[1])
+        else:
+            responses.append(token_ids(row, f"{side}_ids", task))
+    given = [name for name in REFERENCE_COLUMNS if row.get(name) is not None]
+    if len(given) == 1:
+        (missing,) = set(REFERENCE_COLUMNS) - set(given)
+        raise ValueError(f"column {missing!r} must be given where {given[0]!r} is; got {row.get(missing)!r}")
+    reference = [number_of(row, name) for name in REFERENCE_COLUMNS] if given else None
+    return task.encode({"prompt": prompt}).tolist(), responses, reference
+
+
+def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Random places of the pairs that are held out, and of the others, shuffled; equal pairs stay together.
+
+    Args:
+        pairs: N.
+        share: of them to hold out, at most; none are where that is fewer than `FEWEST`.
+        seed: of the choice.
+    """
+    members: dict[Any, list[int]] = {}  # by prompt and both responses, whichever was chosen
+    for i, (prompt, both, _) in enumerate(pairs):
+        members.setdefault((tuple(prompt), frozenset(map(tuple, both))), []).append(i)
+    every = list(members.values())
+    shuffled = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
+    ends = np.cumsum([len(every[number]) for number in shuffled], dtype=np.int64)
+    held = round(share * len(pairs))
+    held = int(ends[ends <= held].max(initial=0)) if held >= FEWEST else 0
+    right = f"a share that leaves some of {len(pairs)} pairs to learn from"
+    check("held_out", share, not held or held < len(pairs), right)
+    order = torch.tensor([i for number in shuffled for i in every[number]], dtype=torch.int64)
+    return order[:held], order[held:]
