@@ -74,7 +74,7 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
 
 def _fingerprint(reference: PreTrainedModel | None) -> str:
     """By which two references are told apart."""
-    return "" if reference is None else str([float(p.detach().double().sum()) for p in reference.parameters()])
+    return "" if reference is None else str([float(p.detach().float().sum()) for p in reference.parameters()])
 
 
 class DPO(Agent):

@@ -25,7 +25,7 @@ Pair = tuple[list[int], list[list[int]], list[float] | None]
 
 
 def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
-    """The pairs of some rows that differ within the horizon, and the reference's log-probabilities if the rows have them.
+    """The pairs that differ within the horizon, and the reference's log-probabilities where the rows have them.
 
     Returns:
         N pairs, and (N, 2) or None.
