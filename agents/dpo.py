@@ -138,7 +138,7 @@ class DPO(Agent):
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._given is not None:  # before what a loaded agent knew
             self._reference = self._given
-        elif self._reference is None or self._told_of != self._tells_of:  # a loaded agent may be given others
+        elif self._reference is None or self._stale():
             self._reference, self._told_of = torch.full((len(self._pairs), 2), torch.nan), self._tells_of
         if self._epochs_of != self.dataset_digest:
             self._epochs_of, self._epochs = self.dataset_digest, Epochs(self.generator)
@@ -147,6 +147,11 @@ class DPO(Agent):
             self._best_of, self.best, self.best_loss = self._by, [], math.inf
         indices = self._learned[self._epochs.take(self.config.batch_size, len(self._learned))]
         return self._rollout(indices, self._known(indices if self.base.reference else torch.arange(len(self._pairs))))
+
+    def _stale(self) -> bool:
+        """Whether a loaded agent was given another reference, or other pairs, than those it knows of."""
+        other = self.base.reference is not None and self._told_of != self._tells_of
+        return other or self._told_of.split()[0] != self.dataset_digest
 
     def _known(self, indices: Tensor) -> Tensor:
         """What the reference says of all pairs it was asked about, (N, 2), those at `indices` among them."""

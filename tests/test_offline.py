@@ -363,6 +363,21 @@ def test_a_loaded_dpo_does_not_measure_by_another_loss_or_other_pairs_held_out(c
     assert again.held_out_loss == pytest.approx(again.best_loss, abs=1e-5)
 
 
+def test_a_loaded_dpo_asks_another_reference_again_and_keeps_what_it_knows_without_one(tmp_path) -> None:
+    pairs = [{"prompt": "a", "chosen": "a", "rejected": "b"}, {"prompt": "b", "chosen": "c", "rejected": "b"}]
+    first, second = (small_model(4, 8, seed).requires_grad_(False) for seed in (3, 4))
+    make = lambda ref: textrl.TextEnv(Weighted(), reference=ref, kl_coef=0.5) if ref else textrl.TextEnv(Weighted())  # noqa: E731
+    DPO(make(first), small_model(4, 8, 3), dataset=pairs, batch_size=2, device="cpu").learn(8).save(tmp_path / "agent")
+
+    def told(ref):
+        agent = DPO.load(tmp_path / "agent", make(ref), dataset=pairs, beta=0.5)
+        return sorted(row["ref_logprob"] for row in agent.collect().rows)
+
+    assert told(first) == told(None) != told(second)
+    rollout = DPO(make(second), dataset=pairs, batch_size=2, device="cpu").collect()
+    assert told(second) == pytest.approx(sorted(row["ref_logprob"] for row in rollout.rows))
+
+
 def test_columns_of_the_reference_go_before_what_a_loaded_agent_knew(tmp_path) -> None:
     pairs = [{"prompt": "a", "chosen": "a", "rejected": "b", "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
     env = textrl.TextEnv(Weighted())

@@ -128,8 +128,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def kind_in(folder: Path) -> str | None:
-    """What kind of thing was saved in a folder; None where there is nothing of ours."""
-    return read_manifest(folder)["agent"] if (folder / MANIFEST).is_file() else None
+    """What kind of thing was saved in a folder; None where nothing of ours is, or nothing whole."""
+    try:
+        return read_manifest(folder).get("agent")
+    except CheckpointError:
+        return None
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -201,12 +204,8 @@ def save_agent(agent: Agent, folder: Path) -> None:
     a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
     hold what learning needs to go on: the optimizer, the generators, the positions.
     """
-    check(
-        "folder",
-        str(folder),
-        kind_in(folder) not in SCORERS,
-        "a new folder or an agent's: there is a reward model in it",
-    )
+    mine = kind_in(folder) not in SCORERS
+    check("folder", str(folder), mine, "a new folder or an agent's: there is a reward model in it")
     with whole_folder(folder, MANIFEST) as part:
         for name, module in agent.modules.items():
             taken = name in ("state", "model", "adapter_model", BASE) or name.startswith("model-")
@@ -272,9 +271,8 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     content, tensors = load_state(folder)
     if {"trainable_layers", "dtype"} & set(differing):
         content["agent"].pop("optimizer", None)
-    if (
-        not new_settings or manifest["config"].get("kl_target") is not None
-    ):  # one that follows a target goes on from there
+    follows_target = manifest["config"].get("kl_target") is not None
+    if follows_target or not new_settings:  # else the environment's own holds
         agent.base.kl_coef = manifest["kl_coef"]
     kl_coef = agent.base.kl_coef
     state.unpack_attributes(agent, content["agent"], tensors, agent.device)
