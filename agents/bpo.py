@@ -136,7 +136,10 @@ class BPO(Agent):
         elif self.config.weighting == "filter":
             weights = best_of_each(returns, groups, self.config.best_share)
         self.weights = weights.cpu() / weights.sum().cpu()  # (B,) how often each episode is drawn
-        self._logged, self.dataset_digest = logged, digest([logged.tokens.tolist(), logged.scores.tolist()])
+        self._logged, self.dataset_digest = (
+            logged,
+            digest([x.tolist() for x in (logged.tokens, logged.scores, logged.logprobs)]),
+        )
 
     def collect(self) -> Rollout:
         """The next `batch_size` logged episodes: by their weights, or for "tis" in a new order each epoch."""

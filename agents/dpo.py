@@ -137,7 +137,7 @@ class DPO(Agent):
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         if self._given is not None:  # before what a loaded agent knew
-            self._reference = self._given
+            self._reference, self._told_of = self._given, f"{self.dataset_digest} columns"
         elif self._reference is None or self._stale():
             self._reference, self._told_of = torch.full((len(self._pairs), 2), torch.nan), self._tells_of
         if self._epochs_of != self.dataset_digest:

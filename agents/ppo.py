@@ -104,6 +104,7 @@ class PPO(Agent):
 
     config: PPOConfig
     config_class: ClassVar[type[AgentConfig]] = PPOConfig
+    not_saved: ClassVar[tuple[str, ...]] = ("kl",)  # its coefficient is the environment's
 
     def __init__(
         self,

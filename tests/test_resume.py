@@ -14,6 +14,8 @@ from textrl import agents, state
 from textrl.agents import REINFORCE, SFT
 from textrl.checkpoint import CheckpointError, restore
 from textrl.envs.copy import Copy
+from textrl.envs.proxy_gold import ProxyGold
+from textrl.envs.text import Text
 from textrl.policy import small_model
 from textrl.returns import masked_mean
 from textrl.runs import Checkpoints
@@ -249,6 +251,33 @@ def test_a_loaded_agent_leaves_its_environment_as_it_is(tmp_path):
     wrapped = lambda: gym.wrappers.RecordEpisodeStatistics(textrl.TextEnv(Copy()))  # noqa: E731
     first, second = (agents.REINFORCE.load(tmp_path / "agent", wrapped()).collect() for _ in range(2))
     assert torch.equal(first.tokens, second.tokens)  # its prompts and tokens are those of the agent's seed
+
+
+def test_a_loaded_agent_keeps_to_the_settings_and_prompts_of_its_new_environment(tmp_path):
+    def wrapped(task, limit, **more):
+        return gym.wrappers.TimeLimit(gym.wrappers.RecordEpisodeStatistics(textrl.TextEnv(task, **more)), limit)
+
+    agents.REINFORCE(wrapped(ProxyGold(paid="proxy"), 2), batch_size=8, device="cpu").learn(30).save(tmp_path / "proxy")
+    env = wrapped(ProxyGold(paid="gold"), 3)
+    agents.REINFORCE.load(tmp_path / "proxy", env).learn(30)
+    assert env.unwrapped.task.paid == "gold" and env._max_episode_steps == 3
+    many, few = ([{"prompt": chr(97 + i)} for i in range(n)] for n in (12, 2))
+    first = agents.REINFORCE(wrapped(Text(prompts=many, max_new_tokens=2), 2), batch_size=8, device="cpu")
+    first.learn(30).save(tmp_path / "many")
+    again = agents.REINFORCE.load(tmp_path / "many", wrapped(Text(prompts=few, max_new_tokens=2), 2))
+    assert {row["prompt"] for row in again.collect().rows} == {"a", "b"}
+
+
+def test_a_target_of_the_kl_is_that_of_the_loaded_agents_settings(tmp_path):
+    def made(kl_coef):
+        return textrl.TextEnv(Copy(), reference=small_model(4, 8, 3), kl_coef=kl_coef)
+
+    agents.PPO(made(0.1), kl_target=1.0, batch_size=8, device="cpu").learn(60).save(tmp_path / "agent")
+    same = agents.PPO.load(tmp_path / "agent", made(0.1))
+    assert same.base.kl_coef == same.kl.kl_coef != 0.1
+    assert agents.PPO.load(tmp_path / "agent", made(0.3), kl_target=None).base.kl_coef == 0.3
+    other = agents.PPO.load(tmp_path / "agent", made(0.1), kl_target=3.0, kl_horizon=77.0)
+    assert (other.kl.target, other.kl.horizon) == (3.0, 77.0)
 
 
 class Two(agents.REINFORCE):

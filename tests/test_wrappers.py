@@ -365,15 +365,16 @@ def test_a_sync_vector_env_of_a_task_with_masks_is_stepped_inside_them():
 
 
 @pytest.mark.parametrize("kind", ["masks", "own masks", "both"])
-@pytest.mark.parametrize("many", [False, True])
-def test_the_penalty_of_a_wrapped_environment_is_that_of_the_policy_inside_its_masks(kind, many):
+@pytest.mark.parametrize("many", [False, *MODES])
+@pytest.mark.parametrize("paid_by", ["base", "wrapper"])
+def test_the_penalty_of_a_wrapped_environment_is_that_of_the_policy_inside_its_masks(kind, many, paid_by):
     task = Copy() if kind == "own masks" else Brackets()
-    base = (
-        textrl.TextVectorEnv(task, 4, reference=tiny(task, 2), kl_coef=0.5)
-        if many
-        else textrl.TextEnv(task, reference=tiny(task, 2), kl_coef=0.5)
-    )
+    paid = {"reference": tiny(task, 2), "kl_coef": 0.5}
+    own, around = (paid, {}) if paid_by == "base" else ({}, paid)
+    base = textrl.TextVectorEnv(task, 4, autoreset_mode=many, **own) if many else textrl.TextEnv(task, **own)
     env = vector_wrappers.RecordEpisodeStatistics(base) if many else RecordEpisodeStatistics(base)
+    if around:
+        env = VectorKLPenalty(env, **around) if many else KLPenalty(env, **around)
     own = {"top_p": 0.6} if kind != "masks" else {}
     agent = (NLPO if own else REINFORCE)(env, tiny(task, 5), batch_size=16, device="cpu", **own)
     rollout = agent.collect()

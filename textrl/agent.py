@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import acting, checkpoint, loop
+from . import acting, checkpoint, loop, state
 from .acting import allowed_at as allowed_at
 from .config import AgentConfig as AgentConfig
 from .config import as_path, make_config
@@ -111,6 +111,7 @@ class Agent:
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone
         self.seeded = False  # whether the environment that is stepped got its seed
+        self.env_born = state.born(env)  # what it was like when the agent came to it
         self.num_timesteps = self.num_updates = 0
         self.stuck = 0  # iterations in a row that nothing could be learned from
         self.drops: list[list[int]] = []  # of the last iterations: episodes whose scores failed, all episodes

@@ -271,20 +271,20 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     content, tensors = load_state(folder)
     if {"trainable_layers", "dtype"} & set(differing):
         content["agent"].pop("optimizer", None)
-    follows_target = manifest["config"].get("kl_target") is not None
-    if follows_target or not new_settings:  # else the environment's own holds
-        agent.base.kl_coef = manifest["kl_coef"]
-    kl_coef = agent.base.kl_coef
-    state.unpack_attributes(agent, content["agent"], tensors, agent.device)
-    is_now = state.form(agent.env)
+    is_now, born = state.form(agent.env), agent.env_born
     was = content.get("form", is_now)
-    if was == is_now:
-        state.unpack_env(agent.env, content["env"], tensors, agent.device)
-        agent.base.kl_coef = kl_coef
-    elif not new_settings:
+    if was != is_now and not new_settings:
         raise ValueError(f"env must be made as it was, {was}, for a run to go on; got {is_now}")
+    state.unpack_attributes(agent, content["agent"], tensors, agent.device)
+    if not new_settings or agent.env_born == born:  # else what is given is another environment, and stays as it is
+        state.unpack_env(agent.env, content["env"], tensors, agent.device)
     else:
-        agent.seeded = False
+        agent.seeded, agent.env_born = False, born
+    follows = all(config.get("kl_target") is not None for config in (manifest["config"], settings))
+    if follows or not new_settings:
+        agent.base.kl_coef = manifest["kl_coef"]
+    if getattr(agent, "kl", None) is not None:
+        agent.kl.kl_coef = agent.base.kl_coef  # type: ignore[attr-defined]
     if agent.halved:
         agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
     agent.anneal(agent.schedule)

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -175,10 +176,10 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
 def whole(text: str) -> int:
     """A whole number, also as 1e6 or 1_000_000."""
     try:
-        number = float(text)
-        if number.is_integer():
-            return int(number) if "e" in text.lower() else int(text)
-    except (ValueError, OverflowError):
+        number = Decimal(text)
+        if number == int(number):
+            return int(number)
+    except (InvalidOperation, ValueError, OverflowError):
         pass
     raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from .tabular import Rows, register_tabular
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+KEPT = re.compile("inv_freq|embed_positions")
+"""Buffers of rotary positions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,7 +101,7 @@ def cast(model: Any, dtype: torch.dtype | None, device: torch.device | None = No
     The frequencies of rotary positions stay as they are, as in `from_pretrained`: rounded to bfloat16 they would turn
     far places another way.
     """
-    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if "inv_freq" in name]
+    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items() if KEPT.search(name)]
     model = model.to(device=device, dtype=dtype)
     for module, name, buffer in kept:
         module._buffers[name] = None if buffer is None else buffer.to(device=device)
@@ -157,7 +160,8 @@ def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called:
     if isinstance(source, (str, Path)) and (Path(source) / "tokenizer.json").is_file():
         try:
             own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
-        except ValueError:  # one that cannot be read is no other one
+        except ValueError as error:
+            warnings.warn(f"{called} {str(source)!r}: {error}; that of the task is used", stacklevel=4)
             return
         if not own.items() <= given.items():
             what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"

@@ -145,9 +145,13 @@ def models_tokenizer(task: type[Task] | str, kwargs: Mapping[str, Any], model: A
     takes = parameter is not None and parameter.default is None and "str" in str(parameter.annotation)
     if not takes or kwargs.get("tokenizer") is not None or not isinstance(model, (str, Path)):
         return {}
+    folder = Path(model)
+    if folder.is_dir():
+        has = any((folder / f"tokenizer{end}.json").is_file() for end in ("", "_config"))
+        return {"tokenizer": str(model)} if has else {}
     try:
         load_tokenizer(str(model))
-    except ValueError:  # what is wrong with a model is said where that is loaded
+    except ValueError:  # no hub name either: what is wrong with a model is said where that is loaded
         return {}
     return {"tokenizer": str(model)}
 

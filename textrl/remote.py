@@ -73,7 +73,7 @@ class RemoteScore:
         columns: Sequence[str] = (),
         headers: dict[str, str] | None = None,
     ) -> None:
-        shown = re.sub(r"//[^/]*@", "//...@", url) if isinstance(url, str) else url
+        shown = re.sub(r"//.*@", "//...@", url) if isinstance(url, str) else url
         check("url", shown, is_address(url), 'the address of a score, "http://..." or "https://...", no password in it')
         for name, value in (("timeout", timeout), ("max_backoff", max_backoff)):
             check(name, value, isinstance(value, (int, float)) and 0 < value < float("inf"), "a finite number above 0")

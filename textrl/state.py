@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import random
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -220,7 +221,15 @@ def layers(env: Any) -> Iterator[Any]:
         yield task
 
 
-FORM = ("num_envs", "autoreset_mode", "max_episode_steps", "temperature", "max_prompt_tokens", "max_new_tokens")
+FORM = (
+    "num_envs",
+    "autoreset_mode",
+    "max_episode_steps",
+    "_max_episode_steps",
+    "temperature",
+    "max_prompt_tokens",
+    "max_new_tokens",
+)
 """What must be alike in two environments for the state of one to fit the other, beside their kinds."""
 
 
@@ -233,6 +242,17 @@ def form(env: Any) -> list[str]:
         told += ["reference"] if own.get("reference") is not None else []
         out.append(" ".join([type(layer).__name__, *told]))
     return out
+
+
+def born(env: Any) -> str:
+    """By which two environments are told apart before anything was done in them: kinds, settings and the first rows."""
+    told: list[Any] = []
+    for layer in layers(env):
+        plain = {k: v for k, v in vars(layer).items() if v is None or isinstance(v, (bool, int, float, str))}
+        told.append((type(layer).__name__, sorted(plain.items())))
+        if isinstance(layer, Task) and layer.rows is not None:
+            told.append((len(layer.rows), layer.rows[:1000]))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def pack_env(env: Any, tensors: Tensors) -> list[dict[str, Any]]:

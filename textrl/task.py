@@ -23,7 +23,7 @@ Row = dict[str, Any]
 """One prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
-OF_A_STEP = ("ref_logprob", "kl", "action_mask", "final_obs", "final_info", "episode")
+OF_A_STEP = ("ref_logprob", "kl", "action_mask", "score_fault", "final_obs", "final_info", "episode")
 """Names in the `info` of a step that `describe` cannot give to columns of its own."""
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
 
@@ -269,7 +269,7 @@ class Task:
         if type(self).describe is not Task.describe:
             given = self._columns(rows, completion_ids)
             for key, values in self.describe(prompts=prompts, completions=completions, **given).items():
-                if key in columns or key in OF_A_STEP or len(values) != len(rows):
+                if key in columns or key in OF_A_STEP or key.startswith("_") or len(values) != len(rows):
                     raise ValueError(
                         f"describe must give columns of {len(rows)} with names of its own, not"
                         f" {[*columns, *OF_A_STEP]}; got {key!r} with {len(values)}"

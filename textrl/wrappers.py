@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .arguments import check_penalty
 from .env import Info, TextEnv
-from .penalty import Penalty
+from .penalty import Penalty, Policy
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -130,6 +130,14 @@ def _check_unpaid(env: AnyEnv) -> None:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
 
 
+def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) -> Policy | None:
+    """The policy as it speaks before a step, inside the masks that hold there; None while no episode runs."""
+    if policy is None or not begun:
+        return None
+    logits = policy(before)
+    return lambda _: logits
+
+
 class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
     """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
 
@@ -161,8 +169,9 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         """Appends a token and pays for it."""
         base: Any = self.env.unwrapped  # its own state: it may have been restored, and show other observations here
         before = base.tokens[None]  # (1, L)
+        policy = _as_before(base.policy, before, bool(base.rows[0]))
         observation, reward, terminated, truncated, info = self.env.step(action)
-        added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, base.policy)
+        added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
 
@@ -193,8 +202,9 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         """Appends a token to each row and pays for it, except where the step only resets."""
         base: Any = self.env.unwrapped  # its own state, as above
         before, live = base.tokens, base.running
+        policy = _as_before(base.policy, before, bool(live.any()))
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
-        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, base.policy)
+        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy)
         ended = np.logical_or(terminations, truncations)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
