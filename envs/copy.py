@@ -13,7 +13,7 @@ from textrl.task import Row, Task, symbol_tokenizer
 
 MOST_PROMPTS = 10_000
 LONGEST = 1_000
-END = None  # no symbol
+END = "\U0010ffff"  # no character: no symbol either
 
 
 def strings(symbols: str, length: int) -> list[str]:
@@ -33,7 +33,7 @@ def strings(symbols: str, length: int) -> list[str]:
 def shares_right(targets: Iterable[str], completions: list[str], stopped: Iterable[bool]) -> list[float]:
     """The share of each target's places, and one more for the end right after it, that a completion has right."""
     return [
-        sum(map(eq, [*target, END], [*text, END] if stop else text)) / (len(target) + 1)
+        sum(map(eq, target + END, text + END if stop else text)) / (len(target) + 1)
         for target, text, stop in zip(targets, completions, stopped, strict=True)
     ]
 

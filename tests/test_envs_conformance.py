@@ -12,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 import textrl
+from textrl.envs.copy import Copy
 from textrl.registration import registered, task_class
 
 IDS = [
@@ -232,3 +233,9 @@ def test_the_ids_of_a_prompt_are_the_callers_own():
     for _ in range(2):
         task.encode({"prompt": "abc"})[1] = 3
     assert task.encode({"prompt": "abc"}).tolist() == [0, 1, 2, 3]
+
+
+def test_a_line_break_is_no_end():
+    task = Copy(symbols="a\n", length=2)
+    rows = [{"prompt": "aa"}] * 2
+    assert task.evaluate(rows, [[1, 1, 2], [1, 1, 0]]).totals.tolist() == pytest.approx([2 / 3, 1.0])
