@@ -111,6 +111,11 @@ def escape(text: str) -> str:
     return "".join(_written_out(c) if unicodedata.category(c) in CONTROLS else c for c in text)
 
 
+def one_line(message: object) -> str:
+    """A message without line breaks and without control characters that a file or a model may have put there."""
+    return escape(" ".join(str(message).split()))
+
+
 def _written_out(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
