@@ -24,9 +24,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from textrl import checkpoint, fetch
+from textrl import fetch
 from textrl.config import check
-from textrl.disk import could_be_folder, read_json
+from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
 from textrl.flags import RUN
 from textrl.models import cast
@@ -76,7 +76,7 @@ class _Run:
         print(escape(self.about), flush=True)
         if not (self.folder / RUN).exists():  # nothing is written before all is at hand
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
+            write_json(self.folder / RUN, {"config": self._settings(), "seconds": {}})
 
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self.config).items() if name != "log_dir"}
@@ -115,7 +115,7 @@ class _Run:
         checkpoints.clear()
         self._seconds[name] = round(time.perf_counter() - began, 1)
         saved = read_json(self.folder / RUN)
-        checkpoint.write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
+        write_json(self.folder / RUN, {**saved, "seconds": self._seconds})
 
     def saving(self, name: str, work: int) -> dict[str, Any]:
         """Where a step logs and saves: twice in the default length, however long this run is, and at a signal."""
@@ -276,6 +276,6 @@ class _Run:
             "config": dataclasses.asdict(config),
         }
         said = write_page(self.folder, out)
-        checkpoint.write_json(self.folder / REPORT, out)
+        write_json(self.folder / REPORT, out)
         print(f"{said} and {escape(str(self.folder / REPORT))}")
         return out

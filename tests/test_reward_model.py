@@ -103,10 +103,10 @@ def test_a_folder_of_something_else_is_neither_read_nor_written_over(tmp_path):
         scorer.save(tmp_path / "lm")
     scorer.save(tmp_path / "scorer")
     textrl.Agent(textrl.TextEnv(Copy()), LlamaForCausalLM(config)).save(tmp_path / "agent")
-    with pytest.raises(
-        ValueError, match=r"folder must be a new folder or that of a reward model: there is an agent in"
-    ):
+    with pytest.raises(ValueError, match=r"folder must be empty, new, or hold a reward model; .* holds 'Agent'"):
         scorer.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"folder must be empty, new, or hold an agent; .* holds 'RewardModel'"):
+        textrl.Agent(textrl.TextEnv(Copy())).save(tmp_path / "scorer")
     config.num_labels = 2
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")

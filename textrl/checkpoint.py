@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,146 +15,19 @@ from transformers import PreTrainedModel
 from . import state
 from .adapters import BASE, has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
 from .config import check
-from .disk import file_hash as file_hash
-from .disk import read_json
-from .disk import sync as sync
-from .disk import write_json as write_json
+from .folders import MANIFEST as MANIFEST
+from .folders import CheckpointError as CheckpointError
+from .folders import verify as verify
+from .folders import whole_folder, write_manifest
 
 if TYPE_CHECKING:
     from .agent import Agent
 
     AgentT = TypeVar("AgentT", bound=Agent)
 
-MANIFEST = "agent.json"
 STATE, TENSORS = "state.json", "state.safetensors"
-SCORERS = ("RewardModel", "reward model in training")
-"""Kinds of saved things that are reward models, and no agents."""
-PART = "textrl-part-"
-"""In the names of folders that are written beside the one whose place they take."""
 BOUND = "max_tokens_per_microbatch"
 """A setting that a run may lower by itself, and that may be another on another machine."""
-
-
-class CheckpointError(ValueError):
-    """A saved agent that is not what was written, or could not be written."""
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
-    """A new folder to write into, renamed to `folder` at the end; what stood there before is replaced.
-
-    Args:
-        folder: where the result goes.
-        mark: a file that must be in an old folder for it to be replaced.
-
-    Raises:
-        ValueError: where `folder` holds files but not the mark.
-        CheckpointError: where the disk is full or cannot be written to.
-    """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).exists())):
-        raise ValueError(f"folder must be empty, new, or hold {mark}; {str(folder)!r} holds something else")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{PART}", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
-    try:
-        part.chmod(0o755)
-        yield part
-        for each in [*part.rglob("*"), part]:
-            sync(each)
-        if folder.exists():
-            old = folder.rename(part.with_name(part.name + "-old"))
-        part.rename(folder)
-        sync(folder.parent)
-        _remove_leftovers(folder)  # not before: one of them may be all that a killed process left of the old content
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
-    finally:
-        if old != part and not folder.exists():  # the new one could not take its place
-            old.rename(folder)
-        for each in (part, old):
-            shutil.rmtree(each, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote to `folder` left beside it."""
-    for each in folder.parent.glob(".*"):
-        if re.fullmatch(rf"\.{re.escape(folder.name)}-{PART}[a-z0-9_]{{8}}(-old)?", each.name) and each.is_dir():
-            shutil.rmtree(each, ignore_errors=True)
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `agent.json`: facts, the sizes and hashes of all other files, and a hash of itself."""
-    files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-    manifest = {**facts, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `agent.json` in a folder says.
-
-    Raises:
-        CheckpointError: where there is none, or it is not as it was written.
-    """
-    try:
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        digest = manifest.pop("sha256", None)
-    except (OSError, ValueError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(
-            f"folder must hold a saved agent ({MANIFEST}); {str(folder)!r} does not ({said})"
-        ) from None
-    if digest != _digest(manifest):
-        raise CheckpointError(f"{str(folder / MANIFEST)!r} is damaged: its content is not what was written")
-    return manifest
-
-
-def kind_in(folder: Path) -> str | None:
-    """What kind of thing was saved in a folder; None where nothing of ours is, or nothing whole."""
-    try:
-        return read_manifest(folder).get("agent")
-    except CheckpointError:
-        return None
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder all of whose files are as they were written.
-
-    Raises:
-        CheckpointError: naming the first file that is missing, cut short or changed.
-    """
-    manifest = read_manifest(folder)
-    for name, right in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{str(file)!r} is missing")
-        if (size := file.stat().st_size) != right["bytes"]:
-            raise CheckpointError(f"{str(file)!r} is damaged: it has {size} bytes, not {right['bytes']}")
-        if file_hash(file) != right["sha256"]:
-            raise CheckpointError(f"{str(file)!r} is damaged: its content is not what was written")
-    return manifest
-
-
-def verify_if_ours(folder: Path) -> None:
-    """Checks a folder that has a manifest; others, from elsewhere, are let pass.
-
-    Raises:
-        CheckpointError: where it is damaged.
-    """
-    if (folder / MANIFEST).is_file():
-        verify(folder)
 
 
 # ---- modules and state ---------------------------------------------------------------------------------------------
@@ -204,9 +71,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
     a folder of its own (a `PreTrainedModel`) or a safetensors file. `state.json` and `state.safetensors`
     hold what learning needs to go on: the optimizer, the generators, the positions.
     """
-    mine = kind_in(folder) not in SCORERS
-    check("folder", str(folder), mine, "a new folder or an agent's: there is a reward model in it")
-    with whole_folder(folder, MANIFEST) as part:
+    with whole_folder(folder) as part:
         for name, module in agent.modules.items():
             taken = name in ("state", "model", "adapter_model", BASE) or name.startswith("model-")
             check("modules", name, not taken, "modules under other names than those of the policy's files")

@@ -22,6 +22,7 @@ from transformers import (
 from .adapters import CONFIG, load_adapted, plain_module
 from .config import check
 from .flat import flat_of
+from .folders import verify_if_ours
 from .hub import check_source
 from .scores import shorten
 from .symbols import load_tokenizer
@@ -170,8 +171,6 @@ def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTrainedModel:
-    from .checkpoint import verify_if_ours
-
     register_tabular()
     check_source(name, called)
     verify_if_ours(Path(name))

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from . import checkpoint, state
 from .config import check, check_types, make_config
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
+from .folders import SCORER_IN_TRAINING, verify, whole_folder, write_manifest
 from .logging import RunLog
 from .loop import Run
 from .optim import Optimizer
@@ -142,17 +143,17 @@ class _Training:
         content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        return {"agent": checkpoint.SCORERS[1], "config": config, "options": self.reward_model.options, "pairs": digest}
+        return {"agent": SCORER_IN_TRAINING, "config": config, "options": self.reward_model.options, "pairs": digest}
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
-        with checkpoint.whole_folder(folder, checkpoint.MANIFEST) as part:
+        with whole_folder(folder, scorer=True) as part:
             self.reward_model.write(part)
             tensors: state.Tensors = {}
             content = {"progress": dataclasses.asdict(self.now), "optimizer": state.pack(self.optimizer, tensors)}
             content["progress"] = state.pack(content["progress"], tensors)
             checkpoint.save_state(part, content, tensors)
-            checkpoint.write_manifest(part, self.facts())
+            write_manifest(part, self.facts())
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint.
@@ -161,7 +162,7 @@ class _Training:
             CheckpointError: for one that is damaged.
             ValueError: for one of another training.
         """
-        manifest, facts = checkpoint.verify(folder), self.facts()
+        manifest, facts = verify(folder), self.facts()
         if other := [name for name, value in facts.items() if manifest.get(name) != value]:
             raise ValueError(f"folder {str(folder)!r} holds a training with another {', '.join(other)}")
         checkpoint.load_module(self.reward_model.model, folder, "")

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .adapters import has_adapter
-from .checkpoint import MANIFEST, SCORERS, kind_in, verify_if_ours, whole_folder, write_manifest
 from .config import check, is_count
+from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
 from .models import longest_text
 from .policy import alike, load_scalar, value_model, values_at, without_dropout
@@ -105,11 +105,9 @@ class RewardModel:
         Raises:
             ValueError: for a folder that holds anything else than what this wrote.
         """
-        mine = kind_in(Path(folder)) in (None, *SCORERS)
-        check("folder", str(folder), mine, "a new folder or that of a reward model: there is an agent in it")
-        with whole_folder(Path(folder), MANIFEST) as part:
+        with whole_folder(Path(folder), scorer=True) as part:
             self.write(part)
-            write_manifest(part, {"agent": SCORERS[0]})
+            write_manifest(part, {"agent": SCORER})
 
     def write(self, folder: Path) -> None:
         """The files of model and tokenizer, with what `load` is to know."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, read_manifest
 from .files import InputError
 from .flags import FINAL, RUN, USER_ERRORS, read_run
+from .folders import CheckpointError, read_manifest
 from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
 from .policy import few_threads
 from .render import escape

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from .checkpoint import CheckpointError, sync
+from .disk import sync
+from .folders import CheckpointError
 
 FOLDER, BEST = "checkpoints", "best"
 

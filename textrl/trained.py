@@ -8,8 +8,8 @@ from typing import Any
 import gymnasium as gym
 
 from .agent import Agent
-from .checkpoint import verify
 from .flags import agent_class, check_env_id
+from .folders import verify
 
 
 def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
