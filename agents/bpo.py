@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.episodes import as_episodes, logged_source, take_in
-from textrl.offline import Epochs, digest, prompt_groups
+from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
+from textrl.offline import Epochs, prompt_groups
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, batched_logprobs
 
@@ -136,10 +136,7 @@ class BPO(Agent):
         elif self.config.weighting == "filter":
             weights = best_of_each(returns, groups, self.config.best_share)
         self.weights = weights.cpu() / weights.sum().cpu()  # (B,) how often each episode is drawn
-        self._logged, self.dataset_digest = (
-            logged,
-            digest([x.tolist() for x in (logged.tokens, logged.scores, logged.logprobs)]),
-        )
+        self._logged, self.dataset_digest = logged, episodes_digest(logged)
 
     def collect(self) -> Rollout:
         """The next `batch_size` logged episodes: by their weights, or for "tis" in a new order each epoch."""

@@ -195,6 +195,7 @@ class PPO(Agent):
         numbers["explained_variance"] = known
         if self.kl is not None and rollout.ref_logprobs is not None:
             kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
+            self.kl.kl_coef = self.base.kl_coef  # the environment's is the one that is saved and restored
             self.base.kl_coef = self.kl.update(kl, len(rollout))
         numbers["kl_coef"] = self.base.kl_coef
         return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}

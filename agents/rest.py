@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check, is_bare
-from textrl.episodes import as_episodes, logged_source, take_in
-from textrl.offline import digest, prompt_groups
+from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
+from textrl.offline import prompt_groups
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, collect_sampled
 
@@ -114,7 +114,7 @@ class ReST(Agent):
         super().__init__(env, model, config, **settings)
         self._logged = None if dataset is None else as_episodes(dataset, self.task, self.device)
         if self._logged is not None:
-            self.dataset_digest = digest([self._logged.tokens.tolist(), self._logged.scores.tolist()])
+            self.dataset_digest = episodes_digest(self._logged)
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:

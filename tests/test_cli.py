@@ -38,12 +38,19 @@ def test_agents_lists_every_agent_with_its_paper(capsys):
     assert all(name.lower() in out for name in agent_classes())
 
 
-def test_the_page_of_an_environment_and_of_an_agent(capsys):
+def test_the_page_of_an_environment_and_of_an_agent(capsys, tmp_path, monkeypatch):
     code, out, _ = run(capsys, "envs", "textrl/Copy-v0")
     assert code == 0 and out.startswith("textrl/Copy-v0\n\nRepeat the prompt") and "What it teaches: credit" in out
     assert "symbols: the alphabet" in out
     code, out, _ = run(capsys, "agents", "ppo")
     assert code == 0 and "ratio  = pi(a | s) / pi_old(a | s)" in out
+    (tmp_path / "paged.py").write_text(
+        'import textrl\nfrom textrl.envs.copy import Copy\nclass Paged(Copy):\n    """What it says."""\n'
+        "textrl.register('test/Paged-v0', Paged)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "envs", "paged:test/Paged-v0")  # which is not registered before
+    assert code == 0 and out == "paged:test/Paged-v0\n\nWhat it says.\n"
     for command in ("envs", "agents"):
         code, out, err = run(capsys, command, "Cooopy")
         assert (code, out) == (2, "") and err.startswith(f"textrl: error: unknown {command[:-1]} 'Cooopy'; ")

@@ -19,6 +19,7 @@ from textrl.agents import BPO, REINFORCE  # noqa: E402
 from textrl.collecting import collect  # noqa: E402
 from textrl.envs.copy import Copy  # noqa: E402
 from textrl.episodes import as_episodes, open_dataset, read_episodes  # noqa: E402
+from textrl.ope import ope  # noqa: E402
 from textrl.policy import CausalPolicy, small_model  # noqa: E402
 from textrl.rollout import Rollout, batched_logprobs, collect_sampled  # noqa: E402
 from textrl.task import symbol_tokenizer  # noqa: E402
@@ -241,7 +242,7 @@ def test_episodes_that_were_cut_off_are_not_learned_from_nor_judged(tmp_path: Pa
     with pytest.raises(ValueError, match=what):
         BPO(textrl.TextEnv(Copy()), dataset=dataset)
     with pytest.raises(ValueError, match=what):
-        textrl.ope.ope(dataset, model, textrl.TextEnv(Copy()))
+        ope(dataset, model, textrl.TextEnv(Copy()))
 
 
 def tall(task: Any, layers: int) -> LlamaForCausalLM:

@@ -148,8 +148,6 @@ def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settin
     follows = all(config.get("kl_target") is not None for config in (manifest["config"], settings))
     if follows or not new_settings:
         agent.base.kl_coef = manifest["kl_coef"]
-    if getattr(agent, "kl", None) is not None:
-        agent.kl.kl_coef = agent.base.kl_coef  # type: ignore[attr-defined]
     if agent.halved:
         agent.config = dataclasses.replace(agent.config, **{BOUND: manifest["config"][BOUND]})
     agent.anneal(agent.schedule)

@@ -27,7 +27,7 @@ from .config import as_path
 from .env import TextEnv
 from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, number_of, read_rows
 from .formats import FILE_OF_ROWS
-from .offline import example_ids, given_rollout
+from .offline import digest, example_ids, given_rollout
 from .policy import CausalPolicy
 from .rollout import Rollout, batched_logprobs, masks_along, pad_responses
 from .task import Task, shorten
@@ -178,6 +178,12 @@ def check_whole(logged: Rollout) -> None:
     cut = 0 if logged.truncated is None else int(logged.truncated.sum())
     what = f"{cut} of {len(logged)} episodes that were cut off by a time limit"
     check("dataset", what, not cut, "whole episodes, each to its own end")
+
+
+def episodes_digest(logged: Rollout) -> str:
+    """By which two sets of logged episodes are told apart: their tokens, scores and log-probabilities."""
+    columns = (logged.tokens, logged.prompt_lengths, logged.scores, logged.logprobs)
+    return digest([column.tolist() for column in columns])
 
 
 def read_logged(file: str | Path, skip_bad_rows: bool = False) -> Rows:

@@ -119,10 +119,10 @@ class FusedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         grad = torch.zeros_like(normalisers) if grad is None else grad.contiguous()
+        over = grad if grad_entropy is None else grad_entropy.contiguous()  # read only where there is one
         for piece in pieces(len(targets), len(head), hidden.device):
             table = torch.mm(hidden[piece], head.t()) if kept is None else kept[piece]
             mask = None if allowed is None else allowed[piece]
-            over = grad if grad_entropy is None else grad_entropy.contiguous()
             _launch(
                 _write, table, targets[piece], mask, normalisers[piece], entropies[piece], grad[piece], over[piece],
                 1 / ctx.temperature, NEVER, V=len(weight), W=len(head), MASKED=mask is not None,
