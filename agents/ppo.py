@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
 from textrl.critic import Critic, with_advantages
+from textrl.heads import head_of
 from textrl.kl import AdaptiveKL, k3
 from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
@@ -140,7 +141,8 @@ class PPO(Agent):
             check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
             width: int | None = getattr(self.model.config.get_text_config(), "hidden_size", None)
             model = type(self.model).__name__
-            check("critic", "shared", width is not None, f'"separate" for {model}, which has no hidden states to read')
+            readable = width is not None and head_of(self.model) is not None
+            check("critic", "shared", readable, f'"separate" for {model}, which has no hidden states to read')
             assert width is not None
             self.value_head = nn.Linear(width, 1).to(device=self.device)
             nn.init.zeros_(self.value_head.weight)

@@ -174,13 +174,14 @@ class TRPO(Agent):
 
         return product
 
+    @sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
     def _linear(self, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """The logits z (n, V), a stand-in u (n, V) for their gradient, and J'u (p,), J the Jacobian of z."""
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            logits = self._logits(batch)
+        logits = self._logits(batch)
         stand_in = torch.zeros_like(logits, requires_grad=True)
         return logits, stand_in, flat(torch.autograd.grad(logits, self.weights, stand_in, create_graph=True))
 
+    @sdpa_kernel(SDPBackend.MATH)  # where a block runs again, too
     def _fisher_product(self, vector: Tensor, linear: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """J' (diag p - p p') J v / n: (p,) -> (p,). J v is the derivative of v'J'u along u."""
         logits, stand_in, pulled = linear

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM
 
 import textrl
 import textrl.envs.copy
@@ -14,7 +13,7 @@ import textrl.logprobs
 from textrl.agents import PPO
 from textrl.critic import batched_values
 from textrl.logprobs import token_logprobs
-from textrl.policy import CausalPolicy, head_of, small_model, value_model, values_at
+from textrl.policy import CausalPolicy, small_model, value_model, values_at
 
 N, D, V = 37, 8, 11
 
@@ -189,16 +188,3 @@ def test_a_scalar_head_below_float32_does_not_round_its_scores():
     values = values_at(model, tokens, rows, columns)
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
-
-
-def test_a_head_whose_logits_are_scaled_is_not_taken_for_a_plain_one():
-    shape = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**shape, **heads, logits_scaling=4.0)).eval()
-    assert head_of(model) is None
-    tokens = torch.tensor([[0, 1, 2, 3]])
-    policy = CausalPolicy(model, 6)
-    with torch.no_grad():
-        found = policy.logits(policy.hidden(tokens, torch.tensor([0]), torch.tensor([3])))
-        torch.testing.assert_close(found[0], model(input_ids=tokens).logits[0, 3])

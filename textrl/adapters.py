@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from .config import check
 
@@ -181,6 +181,22 @@ def share_base(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     return same
 
 
+def new_scalar(config: PreTrainedConfig) -> PreTrainedModel:
+    """A scalar model of an architecture, with random weights.
+
+    Raises:
+        ValueError: for an architecture of which transformers has none.
+    """
+    try:
+        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+    except ValueError:
+        pass
+    raise ValueError(
+        f"model must be of an architecture that AutoModelForSequenceClassification knows, for a critic or reward model"
+        f' with a trunk of its own; got {config.model_type!r} (PPO\'s critic="shared" needs none)'
+    )
+
+
 def adapted_critic(policy: PreTrainedModel, start: PreTrainedModel) -> PreTrainedModel:
     """A scalar model over the base weights of `start`, with an adapter of its own and a head that starts at zero.
 
@@ -192,7 +208,7 @@ def adapted_critic(policy: PreTrainedModel, start: PreTrainedModel) -> PreTraine
     config = copy.deepcopy(start.config)
     config.num_labels = 1
     with torch.device("meta"):  # a shell without weights
-        scalar = AutoModelForSequenceClassification.from_config(config)
+        scalar = new_scalar(config)
     head = nn.Linear(scalar.score.in_features, 1, bias=False, device=start.device, dtype=start.dtype)
     nn.init.zeros_(head.weight)
     trunk = twin(trunk_owner).base_model

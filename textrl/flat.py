@@ -269,7 +269,8 @@ def flat_of(model: PreTrainedModel) -> Flat | None:
 
 def touched(module: nn.Module) -> bool:
     """Whether somebody changed what calling a module does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _drops(model: PreTrainedModel) -> bool:

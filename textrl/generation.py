@@ -109,7 +109,9 @@ def generate(
     check_length(policy.model, tokens.shape[1])
     width = tokens.shape[1] - max_new_tokens
     uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
-    written = _Written(policy, sampling, uniforms, torch.tensor(list(eos_token_ids), device=device), value)
+    written = _Written(
+        policy, sampling, uniforms, torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device), value
+    )
     uniform_length = bool((lengths == width).all())
     stepper = slots_for(policy, batch, tokens.shape[1]) or _Plain(policy, tokens)
     fixed = isinstance(stepper, FlatSlots) and allowed is None and stop is None

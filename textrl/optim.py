@@ -102,6 +102,8 @@ class Optimizer:
             self.adams.append(RowAdam(by_row, betas=(0.9, ROW_BETA2), **common))
         self.max_grad_norm = max_grad_norm
         self.skipped = 0
+        self._written: list[int] = []
+        self._note()
 
     @property
     def learning_rate(self) -> float:
@@ -113,6 +115,17 @@ class Optimizer:
         for adam in self.adams:
             adam.param_groups[0]["lr"] = value
 
+    def _note(self) -> None:
+        """Takes down which state of the parameters the float32 copies belong to."""
+        self._written = [parameter._version for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Takes weights that somebody else has set over into their float32 copies."""
+        for parameter, master, written in zip(self.parameters, self.masters, self._written, strict=True):
+            if parameter is not master and parameter._version != written:
+                master.copy_(parameter)
+
     def zero_grad(self) -> None:
         """Forgets the gradients."""
         for parameter in self.parameters:
@@ -123,6 +136,7 @@ class Optimizer:
 
         A norm that is not finite takes no step and is counted in `skipped`.
         """
+        self._follow()
         live = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
         low = [(p, m) for p, m in live if p is not m]
         if low:  # all at once: on a GPU a copy for each would cost more than the step
@@ -142,6 +156,7 @@ class Optimizer:
                     torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])
         else:
             self.skipped += 1
+        self._note()
         self.zero_grad()
         for _, master in live:
             master.grad = None
@@ -149,6 +164,7 @@ class Optimizer:
 
     def get_weights(self) -> list[Tensor]:
         """A copy of what learns, in float32."""
+        self._follow()
         return [master.detach().clone() for master in self.masters]
 
     def set_weights(self, weights: list[Tensor]) -> None:
@@ -158,9 +174,11 @@ class Optimizer:
                 master.copy_(weight)
                 if parameter is not master:
                     parameter.copy_(master)
+        self._note()
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, the float32 copies and the counts; not the settings."""
+        self._follow()
         copies = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
         counts = {"skipped": self.skipped, "learning_rate": self.learning_rate}
         moments = {i: adam.state[m] for i, m in enumerate(self.masters) for adam in self.adams if m in adam.state}
@@ -190,4 +208,5 @@ class Optimizer:
             for parameter, master, copy in zip(self.parameters, self.masters, state["masters"], strict=True):
                 if parameter is not master:
                     master.copy_(parameter if copy is None else copy)
+        self._note()
         self.skipped, self.learning_rate = state["skipped"], state["learning_rate"]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .flat import flat_of, touched
+from .heads import head_of as head_of
 from .logprobs import aligned, pieces, token_logprobs
 from .models import check_vocabulary as check_vocabulary
 from .models import few_threads as few_threads
@@ -24,6 +25,7 @@ from .models import train_last_layers as train_last_layers
 from .models import trainable as trainable
 from .models import without_dropout as without_dropout
 from .packed import states_at
+from .probing import unremembered
 from .scalars import load_scalar as load_scalar
 from .scalars import value_model as value_model
 from .trunk import states_above
@@ -56,18 +58,18 @@ class CausalPolicy:
     ) -> Tensor:
         """What the head reads at the places (rows, columns): (B, S) -> (n, d).
 
-        For a model whose head is not a plain matrix this is already the logits, (n, V). `below`, (B, S, d), is what
-        the `frozen_blocks` made of the tokens, where that is known.
+        For a model whose head cannot be told from its trunk this is already the logits, (n, V). `below`, (B, S, d), is
+        what the `frozen_blocks` made of the tokens, where that is known.
         """
+        if head_of(self.model) is None:
+            return self.model(input_ids=tokens, **{**unremembered(self.model), **forward}).logits[rows, columns]  # type: ignore[no-any-return]
         first = self.frozen_blocks if below is not None else 0
-        flat = flat_of(self.model) if len(rows) and not forward and head_of(self.model) is not None else None
+        flat = flat_of(self.model) if len(rows) and not forward else None
         if flat is not None:
             return states_at(flat, tokens, rows, columns, below if first else None, first)
         if below is not None and first:
             return states_above(self.model, below, first)[rows, columns]
-        if head_of(self.model) is None:
-            return self.model(input_ids=tokens, **forward).logits[rows, columns]  # type: ignore[no-any-return]
-        states = self.model.base_model(input_ids=tokens, **forward).last_hidden_state  # (B, S, d)
+        states = self.model.base_model(input_ids=tokens, **{**unremembered(self.model), **forward}).last_hidden_state
         return states[rows, columns]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -127,15 +129,6 @@ class CausalPolicy:
         return logprobs, normaliser - (logits.softmax(-1) * logits).sum(-1) if entropy else None
 
 
-def head_of(model: PreTrainedModel) -> nn.Module | None:
-    """The output embedding, when the logits are exactly it times the last hidden state; else None."""
-    config = model.config
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    if model.base_model is model or any(getattr(config, name, None) not in (None, 1, 1.0) for name in scaled):
-        return None
-    return model.get_output_embeddings()  # type: ignore[no-any-return]
-
-
 def alike(lengths: Sequence[int], tokens_at_once: int, device: torch.device, width: int = 1) -> list[list[int]]:
     """The indices of texts in parts of like length, the longest first: a forward over a part has little padding.
 
@@ -171,8 +164,9 @@ def values_at(
     elif below is not None and blocks:
         chosen = states_above(model, below, blocks)[rows, columns]
     else:
-        chosen = model.base_model(input_ids=tokens).last_hidden_state[rows, columns]
+        chosen = model.base_model(input_ids=tokens, **unremembered(model)).last_hidden_state[rows, columns]
     head = model.score  # (n, d) -> (n, 1)
-    if isinstance(head, nn.Linear):  # in float32: below it, neighbouring scores would round to one
-        return nn.functional.linear(chosen.float(), head.weight.float())[..., 0]
+    if type(head) is nn.Linear and not touched(head):  # in float32: below it, neighbouring scores would round to one
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(chosen.float(), head.weight.float(), bias)[..., 0]
     return head(chosen)[..., 0].float()  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapters import has_adapter, merged_weights
+from .adapters import has_adapter, merged_weights, new_scalar
 from .config import check
 from .models import cast, check_whole, without_dropout
 from .tabular import register_tabular
@@ -39,7 +39,7 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     with torch.random.fork_rng(devices=[]):
-        scalar = AutoModelForSequenceClassification.from_config(config)
+        scalar = new_scalar(config)
     trunk = model.base_model
     scalar.base_model.load_state_dict(merged_weights(trunk) if has_adapter(model) else trunk.state_dict())
     scalar = cast(without_dropout(scalar), model.dtype, model.device)

@@ -10,9 +10,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from .flat import Attend, Flat, attention, flat_of
+from .heads import head_of
 from .kernels import kernels_for
 from .packed import Packed
 from .policy import CausalPolicy
+from .probing import agree, once, some_tokens
 
 
 class FlatSlots:
@@ -223,12 +225,31 @@ def cacheable(model: PreTrainedModel, width: int) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     if alibi or rope.get("rope_type") in ("longrope", "dynamic"):
         return False
-    return model.config._attn_implementation in ("sdpa", "eager") and (window is None or window >= width)
+    return model.config._attn_implementation in ("sdpa", "eager") and (not window or window >= width)
+
+
+@once
+def remembers(model: PreTrainedModel) -> bool:
+    """Whether a model says the same of rows of two lengths that it reads token by token as of the whole texts."""
+    policy = CausalPolicy(model, model.config.get_text_config().vocab_size)
+    tokens, lengths, rows = some_tokens(model, 2, 6), torch.tensor([2, 4], device=model.device), torch.arange(2)
+    if tokens.shape[1] < 6:
+        return False
+    try:
+        slots = Slots(policy, 2, 6)
+        found = [slots.read(tokens[:, :4], lengths, rows)]
+        found += [slots.step(tokens[rows, lengths + t], lengths + t) for t in range(2)]
+        right = [policy.hidden(tokens, rows, lengths + t) for t in (-1, 0, 1)]
+        return agree(torch.stack(found), torch.stack(right))
+    except Exception:  # of any kind: somebody else's forward, with a cache that it was not written for
+        return False
 
 
 def slots_for(policy: CausalPolicy, batch: int, width: int) -> FlatSlots | Slots | None:
     """A cache for B rows of at most W tokens; None for a model that takes none of ours."""
     if not cacheable(policy.model, width):
         return None
-    flat = flat_of(policy.model)
-    return Slots(policy, batch, width) if flat is None else FlatSlots(policy, flat, batch, width)
+    flat = flat_of(policy.model) if head_of(policy.model) is not None else None
+    if flat is not None:
+        return FlatSlots(policy, flat, batch, width)
+    return Slots(policy, batch, width) if remembers(policy.model) else None

@@ -38,15 +38,20 @@ class StepwiseLM:
         self._seen: NDArray[np.int64] | None = None
         self._lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._logits: Tensor | None = None
+        self._weights: list[tuple[Any, ...]] = []
 
     def forget(self) -> None:
-        """Drops what was read: the weights have changed."""
+        """Drops what was read; weights that change are seen without it."""
         self._seen = self._slots = self._logits = None
 
     @torch.no_grad()
     def __call__(self, observations: NDArray[np.int64]) -> Tensor:
         """Observations (B, L) int64 -> next-token logits (B, V) float32."""
         lengths = (observations != self.fill).sum(1)  # (B,)
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.policy.model.parameters()]
+        if weights != self._weights:  # they have changed, whoever changed them
+            self.forget()
+            self._weights = weights
         if self._seen is None or self._seen.shape != observations.shape:
             self.forget()
             fresh = np.ones(len(observations), dtype=np.bool_)

@@ -12,17 +12,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .heads import head_of
+from .probing import agree, once, some_tokens
 
+
+@once
 def splittable(model: PreTrainedModel) -> bool:
-    """Whether a model's trunk is embeddings, rotary blocks and a norm, so that it can be entered half-way."""
+    """Whether a model's trunk can be entered half-way: embeddings, blocks of one kind, and a norm."""
     modules = model.base_model._modules
     plain = {"embed_tokens", "layers", "norm", "rotary_emb"}
-    return model.base_model is not model and set(modules) == plain and isinstance(modules["layers"], nn.ModuleList)
+    if model.base_model is model or set(modules) != plain or not isinstance(modules["layers"], nn.ModuleList):
+        return False
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
+        return False  # which kind a block is hangs on its place among all of them
+    tokens = some_tokens(model, 1, 4)
+    try:
+        whole = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return agree(states_above(model, states_below(model, tokens, 1), 1), whole)
+    except Exception:  # of any kind: somebody else's forward, over a part of its trunk
+        return False
 
 
 def frozen_blocks(model: PreTrainedModel) -> int:
     """How many blocks, from the first, do not learn (the embeddings neither); 0 for a model that cannot be split."""
-    if not splittable(model) or any(p.requires_grad for p in model.base_model.embed_tokens.parameters()):
+    if head_of(model) is None or not splittable(model):
+        return 0
+    if any(p.requires_grad for p in model.base_model.embed_tokens.parameters()):
         return 0
     count = 0
     for block in model.base_model.layers:
