@@ -68,7 +68,10 @@ class BestOfN(Agent):
         check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
         repeated = [row for row in rows for _ in range(self.config.n)]
         size = self.config.n
-        samples = sample_episodes(self.base, self.policy, repeated, generator=self.generator, group_size=size)
+        at_once = self.config.max_tokens_per_microbatch
+        samples = sample_episodes(
+            self.base, self.policy, repeated, generator=self.generator, group_size=size, tokens_at_once=at_once
+        )
         best = samples.select(best_of_groups(samples.scores, samples.grouping))
         return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
 

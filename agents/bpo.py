@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from minari import MinariDataset
     from transformers import PreTrainedModel
 
+ROUNDING = 1e-6
+"""Returns that differ by less, relative, are a tie."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BPOConfig(AgentConfig):
@@ -73,7 +76,7 @@ def best_of_each(returns: Tensor, groups: Tensor, share: float) -> Tensor:
     for group in set(groups.tolist()):
         members = (groups == group).nonzero()[:, 0]
         least = returns[members].sort(descending=True).values[max(1, round(share * len(members))) - 1]
-        kept[members] = (returns[members] >= least).double()
+        kept[members] = (returns[members] >= least - ROUNDING * (1 + least.abs())).double()
     return kept
 
 

@@ -30,6 +30,7 @@ from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
+from textrl.stepping import paid_scores
 from textrl.stepwise import check_positions
 from textrl.textcritic import TextCritic, same_tokenizer
 
@@ -170,6 +171,8 @@ class PPO(Agent):
             self.tokenizers["critic"] = start.tokenizer
             return TextCritic(critic.model, start.tokenizer, self.task), critic.model
         check_positions("critic", critic.model, self.task)
+        known: int = critic.model.config.get_text_config().vocab_size
+        check("critic", f"a model of {known} tokens", known >= self.task.vocab_size, f"one of {self.task.vocab_size}")
         return critic, critic.model
 
     # ---- one batch -------------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ class PPO(Agent):
 
     def _shaped(self, rollout: Rollout) -> Tensor:
         """The rewards with the score clipped, whitened and taken off for a missing end, as configured: (B, T)."""
-        config, scores = self.config, rollout.scores
+        config, scores = self.config, paid_scores(rollout, self.env)
         new = scores - config.missing_end_penalty * (~rollout.stopped)
         if config.clip_score is not None:
             new = new.clamp(-config.clip_score, config.clip_score)

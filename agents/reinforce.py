@@ -7,7 +7,7 @@ G is the return of the whole response, the score and all KL penalties: the respo
 gradient and changes only the variance:
 
     none           0
-    mean           the running mean of the returns
+    mean           the running mean of the returns; in the first batch the mean of the other responses
     prompt_mean    the mean of the prompt's other samples in the batch and, as one sample more, of the running mean
     leave_one_out  the mean of the other samples of the same prompt, `group_size` of each     (RLOO; Kool 2019)
     value          a learned value of the state, which asks for the reward to go
@@ -99,10 +99,15 @@ class REINFORCE(Agent):
             baseline = whole - leave_one_out(whole[:, 0], rollout.grouping)[:, None]
         elif self.config.baseline != "none":
             mean, decay = float(whole.mean()), self.config.baseline_decay
-            before = baseline = mean if self.running_mean is None else self.running_mean
-            self.running_mean = decay * before + (1 - decay) * mean
+            if self.running_mean is None:  # at first the others' mean: with its own return in it there is a bias
+                before = (whole.sum() - whole) / max(len(whole) - 1, 1)
+                self.running_mean = mean
+            else:
+                before = torch.full_like(whole, self.running_mean)  # (B, 1)
+                self.running_mean = decay * self.running_mean + (1 - decay) * mean
+            baseline = before
             if self.config.baseline == "prompt_mean":
-                baseline = mean_of_others(whole[:, 0], prompt_groups(rollout), before)[:, None]
+                baseline = mean_of_others(whole[:, 0], prompt_groups(rollout), before[:, 0])[:, None]
         return torch.where(mask, (returns if self.config.reward_to_go else whole) - baseline, 0.0)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -113,6 +113,7 @@ class ReST(Agent):
     ) -> None:
         super().__init__(env, model, config, **settings)
         self._logged = None if dataset is None else as_episodes(dataset, self.task, self.device)
+        self._taken = ""  # the digest of the data that were begun with
         if self._logged is not None:
             self.dataset_digest = episodes_digest(self._logged)
 
@@ -123,7 +124,8 @@ class ReST(Agent):
 
     def collect(self) -> Rollout:
         """Grow: `grow_batches * batch_size` fresh episodes, `group_size` a prompt; first those that were given."""
-        if self._logged is not None and self.num_updates == 0:
+        if self._logged is not None and self._taken != self.dataset_digest:
+            self._taken = self.dataset_digest
             returns = take_in(self._logged, self.base, self.config.max_tokens_per_microbatch)
             last = (self._logged.response_lengths - 1)[:, None]
             rewards = torch.zeros_like(self._logged.rewards).scatter(1, last, returns[:, None])

@@ -7,6 +7,9 @@ from typing import Any
 
 from textrl.task import Row, Task, symbol_tokenizer
 
+LARGEST = 99
+"""10,000 prompts."""
+
 
 class Arithmetic(Task):
     """Work out a sum, in as many words as fit, and give the answer after "=".
@@ -29,8 +32,8 @@ class Arithmetic(Task):
     deterministic = True
 
     def __init__(self, largest: int = 3, max_new_tokens: int = 4) -> None:
-        if largest < 0:
-            raise ValueError(f"largest must be at least 0; got {largest!r}")
+        if not 0 <= largest <= LARGEST:
+            raise ValueError(f"largest must be from 0 to {LARGEST}; got {largest!r}")
         if max_new_tokens < len(str(2 * largest)) + 1:
             raise ValueError(f'max_new_tokens must leave room for "=" and {2 * largest}; got {max_new_tokens!r}')
         self.largest = largest

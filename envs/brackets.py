@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from textrl.task import Row, Task, symbol_tokenizer
 
 CLOSER = {"(": ")", "[": "]"}
+DEEPEST = 13
+"""2 ** 13 prompts."""
 
 
 class Brackets(Task):
@@ -36,7 +38,9 @@ class Brackets(Task):
     deterministic = True
 
     def __init__(self, depth: int = 2, length: int = 6) -> None:
-        if depth < 1 or length < depth or (length - depth) % 2:
+        if not 1 <= depth <= DEEPEST:
+            raise ValueError(f"depth must be from 1 to {DEEPEST}; got {depth!r}")
+        if length < depth or (length - depth) % 2:
             raise ValueError(f"length must be depth={depth} (at least 1) or 2, 4, ... more; got {length!r}")
         self.depth = depth
         super().__init__(tokenizer=symbol_tokenizer("()[]"), max_new_tokens=length)
@@ -58,7 +62,10 @@ class Brackets(Task):
 
     def allowed_tokens(self, rows: Sequence[Row], responses: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The tokens that keep a balanced text possible: (B, T) -> (B, V)."""
-        opened = np.array([self.encode(row)[1:] for row in rows])  # (B, depth)
+        prompts = [self.encode(row)[1:] for row in rows]
+        opened = np.full((len(rows), max(map(len, prompts))), self.vocab_size)  # (B, P), from the left
+        for each, prompt in zip(opened, prompts, strict=True):
+            each[: len(prompt)] = prompt
         tokens = np.concatenate([opened, responses], 1)
         each = np.arange(len(tokens))
         depth = np.zeros(len(tokens), dtype=np.int64)

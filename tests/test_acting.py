@@ -6,7 +6,7 @@ import torch
 
 import textrl
 from textrl.acting import _response
-from textrl.agents import GRPO
+from textrl.agents import GRPO, NLPO
 from textrl.envs.copy import Copy
 from textrl.policy import small_model
 
@@ -163,3 +163,16 @@ def test_a_batch_is_rounded_up_to_whole_groups():
     agent = GRPO(textrl.TextEnv(Copy(length=2)), batch_size=6, group_size=4)
     rollout = agent.collect()
     assert len(rollout) == 8
+
+
+def test_nlpo_draws_inside_its_mask_whatever_the_prompt_and_the_length():
+    task = Copy(symbols="abc", length=2)
+    agent = NLPO(textrl.TextEnv(task), small_model(task.vocab_size, 16, initializer_range=1.0), top_p=0.3, batch_size=8)
+    for prompt, steps in (("a", 1), ("cc", 1), ("a", task.max_new_tokens + 1)):
+        observation = np.full((1, 12), task.vocab_size)
+        ids = task.encode({"prompt": prompt})
+        observation[0, : len(ids)] = ids
+        mask = agent.narrow(observation)[0]
+        assert 0 < mask.sum() < task.vocab_size
+        said = agent.generate([prompt] * 100, max_new_tokens=steps)
+        assert {task.tokenizer.convert_tokens_to_ids(t[0]) if t else 0 for t in said} <= set(np.flatnonzero(mask))

@@ -109,11 +109,13 @@ LOG4 = math.log(4)  # every token has probability 1/4 under the uniform policy
 
 
 def test_reinforce_by_hand():
-    # whole returns 3 and 1; their mean 2 is the first baseline: advantages 1, 1 and -1
+    # whole returns 3 and 1; the first baseline is the other's: advantages 2, 2 and -2
     loss, _ = loss_of_first_step(tabular_agent(REINFORCE, baseline="mean"), fixed_rollout())
-    assert loss == pytest.approx((1 + 1 - 1) * LOG4 / 3)
-    # two samples of one prompt: the baselines (2 + 1) / 2 and (2 + 3) / 2
-    loss, _ = loss_of_first_step(tabular_agent(REINFORCE), fixed_rollout())
+    assert loss == pytest.approx((2 + 2 - 2) * LOG4 / 3)
+    # two samples of one prompt, a running mean of 2: the baselines (2 + 1) / 2 and (2 + 3) / 2
+    agent = tabular_agent(REINFORCE)
+    agent.running_mean = 2.0
+    loss, _ = loss_of_first_step(agent, fixed_rollout())
     assert loss == pytest.approx((1.5 + 1.5 - 1.5) * LOG4 / 3)
     loss, _ = loss_of_first_step(tabular_agent(REINFORCE, baseline="none"), fixed_rollout())
     assert loss == pytest.approx((3 + 3 + 1) * LOG4 / 3)
@@ -130,7 +132,7 @@ def test_reinforce_by_hand():
 def test_running_mean_baseline():
     agent = tabular_agent(REINFORCE, baseline="mean", baseline_decay=0.9)
     first = torch.tensor([[3.0, 3.0], [1.0, 0.0]])
-    assert agent.advantages(fixed_rollout(), first).tolist() == [[1, 1], [-1, 0]]
+    assert agent.advantages(fixed_rollout(), first).tolist() == [[2, 2], [-2, 0]]  # against the other's
     assert agent.running_mean == pytest.approx(2)
     again = agent.advantages(fixed_rollout(), first + 10)
     assert again[0].tolist() == pytest.approx([11, 11])  # against the mean before this batch
@@ -514,3 +516,12 @@ def test_a_shared_critic_needs_hidden_states():
     task = Bigrams()
     with pytest.raises(ValueError, match='critic must be "separate" for TabularLM, which has no hidden states to read'):
         PPO(textrl.TextEnv(task), textrl.tabular_model(task), critic="shared")
+
+
+@pytest.mark.parametrize("baseline", ["mean", "prompt_mean"])
+def test_the_first_baseline_does_not_know_the_return_it_is_taken_off(baseline):
+    def advantages(first):
+        agent = tabular_agent(REINFORCE, baseline=baseline)
+        return agent.advantages(fixed_rollout(), torch.tensor([[first, first], [1.0, 0.0]]))[0, 0]
+
+    assert float(advantages(5.0) - advantages(3.0)) == pytest.approx(2.0)

@@ -269,3 +269,21 @@ def test_a_dataset_of_other_tokens_is_refused(tmp_path: Path) -> None:
     dataset = collect(textrl.TextEnv(Copy()), small_model(4, 8), 4, tmp_path / "logged")
     with pytest.raises(ValueError, match="task must be one whose tokens are those of the dataset; got 'Turned'"):
         read_episodes(dataset, Turned())
+
+
+def test_a_dataset_that_is_too_long_for_a_task_is_refused(tmp_path: Path) -> None:
+    env, model = make()
+    data = collect(env, model, 20, tmp_path / "long")
+    short = Vowels()
+    short.max_new_tokens = 1
+    with pytest.raises(ValueError, match=r"task.max_new_tokens must be at least 4, as the dataset needs it; got 1"):
+        read_episodes(data, short)
+
+
+def test_masks_of_the_agent_that_was_logged_stay_behind() -> None:
+    env, model = make()
+    rollout = collect_sampled(
+        env, CausalPolicy(model, env.task.vocab_size), 8, rng=np.random.default_rng(0), generator=torch.Generator()
+    )
+    rollout.allowed = torch.ones(*rollout.action_mask.shape, env.task.vocab_size, dtype=torch.bool)
+    assert as_episodes(rollout, env.task, torch.device("cpu")).allowed is None

@@ -123,12 +123,15 @@ def test_wrong_actions_leave_a_vector_env_as_it_was(mode, wrong):
         envs.step(np.zeros(3, int))
     envs.reset(seed=0)
     twin.reset(seed=0)
-    rng = np.random.default_rng(0)
+    rng, over = np.random.default_rng(0), np.zeros(3, bool)
     for _ in range(12):
-        with pytest.raises(ValueError, match="actions must be"):
-            envs.step(wrong)
+        ignored = mode == AutoresetMode.NEXT_STEP and over[1] and np.shape(wrong) == (3,) and wrong[0] == 0
+        if not ignored:  # else the wrong action is that of a row which only resets
+            with pytest.raises(ValueError, match="actions must be"):
+                envs.step(wrong)
         actions = rng.integers(5, size=3)
         one, other = envs.step(actions), twin.step(actions)
+        over = one[2]
         for a, b in zip(one[:4], other[:4], strict=True):
             np.testing.assert_array_equal(a, b)
         assert one[4].keys() == other[4].keys()

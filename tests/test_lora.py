@@ -315,3 +315,24 @@ def test_an_adapter_starts_from_the_agents_seed():
         return torch.cat([p.flatten() for p in agent.model.parameters() if p.requires_grad])
 
     assert torch.equal(started(0), started(0)) and not torch.equal(started(0), started(1))
+
+
+def test_a_critic_on_a_trunk_of_its_own_comes_back_and_moves_nothing_else(tmp_path):
+    base, other = llama(), llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    scorer = RewardModel.from_language_model(other, Letters().tokenizer)
+    agent = PPO(environment(base), base, critic=scorer, peft_config=lora(target_modules=["q_proj"]), batch_size=8)
+    agent.learn(40)
+    agent.save(tmp_path / "agent")
+    fresh = environment(copy.deepcopy(llama()))
+    again = PPO.load(tmp_path / "agent", fresh)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    for mine, theirs in (
+        (again.model, agent.model),
+        (fresh.reference, agent.env.reference),
+        (again.critic.base_model, agent.critic.base_model),
+    ):
+        torch.testing.assert_close(mine(tokens)[0], theirs(tokens)[0], atol=1e-6, rtol=1e-6)
+    assert storage(again.model, fresh.reference) == storage(agent.model, agent.env.reference)

@@ -554,3 +554,32 @@ def test_what_is_wrong_is_said() -> None:
         BPO(env, weighting="tis", dataset=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(ValueError, match="quantiles must be rising numbers from 0 to 1"):
         ReST(env, quantiles=(0.9, 0.5))
+
+
+def test_rest_takes_the_data_that_a_loaded_agent_is_given(tmp_path):
+    task = Weighted()
+    env = textrl.TextEnv(task)
+    agent = ReST(env, small_model(task.vocab_size, 8), batch_size=8, grow_batches=1).learn(40)
+    agent.save(tmp_path / "agent")
+    rows = [{"prompt": p, "completion": "abc", "score": 7.0} for p in "ab" for _ in range(4)]
+    given = ReST.load(tmp_path / "agent", env, dataset=rows)
+    assert given.collect().scores.tolist() == [7.0] * 8
+    assert given.collect().scores.tolist() != [7.0] * 8  # once
+    given.save(tmp_path / "again")
+    assert ReST.load(tmp_path / "again", env, dataset=rows).collect().scores.tolist() != [7.0] * 8
+
+
+def test_returns_that_differ_by_rounding_are_a_tie():
+    returns = torch.tensor([1.0, 1.0 + 1e-7, 0.5, 0.2])
+    assert best_of_each(returns, torch.zeros(4, dtype=torch.int64), 0.25).tolist() == [1, 1, 0, 0]
+
+
+def test_pairs_of_a_file_may_have_the_empty_prompt_of_the_task(tmp_path):
+    class Empty(Weighted):
+        def prompts(self):
+            return [{"prompt": ""}]
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "", "chosen": "ab", "rejected": "cc"}\n' * 3)
+    with pytest.warns(UserWarning, match="repeat"):
+        DPO(textrl.TextEnv(Empty()), dataset=file, batch_size=2).learn(8)

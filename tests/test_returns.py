@@ -88,7 +88,8 @@ def test_gae_steps_over_places_that_are_not_the_agents():
 
 def test_mean_of_others():
     scores, groups = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
-    assert mean_of_others(scores, groups, 4.0).tolist() == pytest.approx([(4 + 8) / 3, (4 + 7) / 3, (4 + 3) / 3, 4])
+    found = mean_of_others(scores, groups, torch.full((4,), 4.0))
+    assert found.tolist() == pytest.approx([(4 + 8) / 3, (4 + 7) / 3, (4 + 3) / 3, 4])
 
 
 def test_leave_one_out():

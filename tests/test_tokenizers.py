@@ -276,3 +276,12 @@ def test_a_response_keeps_the_space_that_it_begins_with():
         assert ended and info["text"] == seen[-1] == text
     assert env.unwrapped.task.decode([[3, 4, 5]], alone=True) == ["the movie was"]
     assert textrl.wrappers.TextObservation(env).reset()[0] == "the movie"
+
+
+def test_a_word_of_any_script_keeps_the_space_before_it():
+    pieces = ["[UNK]", "[END]", "film", "was", "very"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]")
+    assert Codec(tokenizer).decode([[3, 4]]) == [" was very"]

@@ -388,3 +388,34 @@ def test_an_env_taken_up_again_in_mid_episode_goes_on_alike(options):
     unpack_env(again, pack_env(envs, tensors), tensors, torch.device("cpu"))
     for actions in np.random.default_rng(1).integers(4, size=(20, 4)):
         same(envs.step(actions), again.step(actions))
+
+
+def test_nothing_more_is_asked_of_a_text_that_has_ended():
+    class Drawn(textrl.Task):
+        """A task that only samples: how long its prompts are is not known."""
+
+        def __init__(self):
+            super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=3)
+
+        def sample(self, rng):
+            return {"prompt": "ab"}
+
+        def score(self, prompts, completions, **columns):
+            return [float(len(text)) for text in completions]
+
+    reference = small_model(3, 5)  # prompt and response but for the last token
+    envs = textrl.TextVectorEnv(Drawn(), 2, reference=reference, kl_coef=0.1, autoreset_mode=AutoresetMode.NEXT_STEP)
+    envs.policy = lambda observations: np.where(observations[:, -1:] == 3, 0.0, np.nan) + np.zeros((2, 3))
+    envs.reset(seed=0)
+    for actions in ([1, 1], [1, 0], [1, 1], [-1, 1], [1, 1]):  # row 0 ends at the third step, row 1 at the second
+        rewards = envs.step(np.array(actions))[1]
+        assert np.isfinite(rewards).all()
+
+
+def test_masks_of_brackets_of_prompts_of_different_lengths():
+    envs = textrl.TextVectorEnv(Brackets(), 2)
+    envs.reset(seed=0)
+    envs.reset(options={"reset_mask": np.array([True, False]), "prompt": "("})
+    alone = textrl.TextEnv(Brackets())
+    alone.reset(options={"prompt": "("})
+    assert envs.action_masks()[0].tolist() == alone.action_masks().tolist()

@@ -443,3 +443,49 @@ def test_agents_take_an_environment_whose_info_has_numbers_only():
     assert rollout.scores.tolist() == rollout.rewards.sum(1).tolist()
     assert {len(row["prompt"]) for row in rollout.rows} == {3}
     assert [len(text) for text in rollout.completions] == (rollout.response_lengths - rollout.stopped.long()).tolist()
+
+
+@pytest.mark.parametrize("scale", [0.01, 10.0])
+def test_what_a_wrapper_pays_is_what_ppo_shapes(scale):
+    env = TransformReward(textrl.TextEnv(Increasing()), lambda reward: scale * reward)
+    agent = PPO(env, tiny(Increasing()), batch_size=32, clip_score=0.05)
+    rollout = agent.collect()
+    returns = agent._shaped(rollout).sum(1)
+    torch.testing.assert_close(returns, (scale * rollout.scores).clamp(-0.05, 0.05), atol=1e-5, rtol=1e-5)
+
+
+def test_the_score_is_not_weighed_where_a_wrapper_changes_rewards():
+    task = Increasing()
+    plain = textrl.TextEnv(task, reference=tiny(task, 2), kl_coef=0.2)
+    for env, weighed in (
+        (TransformReward(plain, lambda reward: 2 * reward), False),
+        (RecordEpisodeStatistics(plain), True),
+        (plain, True),
+    ):
+        agent = REINFORCE(env, tiny(task), batch_size=16)
+        rollout = agent.collect()
+        agent.score_weight = 0.1
+        found = agent.tempered(rollout).rewards.sum(1)
+        penalty = -0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+        right = 0.1 * rollout.scores + penalty if weighed else 2 * (rollout.scores + penalty)
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_that_only_resets_pays_no_penalty():
+    task = Copy(symbols="ab", length=1)
+    env = KLPenalty(gym.wrappers.Autoreset(textrl.TextEnv(task)), tiny(task), 0.5)
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step(0)
+    assert terminated and "ref_logprob" in info
+    _, reward, _, _, info = env.step(0)
+    assert reward == 0 and "ref_logprob" not in info
+    assert "ref_logprob" in env.step(1)[4]
+
+
+def test_a_penalty_above_a_wrapper_that_changes_actions_is_refused():
+    task = Copy(symbols="ab", length=2)
+    inner = textrl.TextEnv(task)
+    env = KLPenalty(gym.wrappers.TransformAction(inner, lambda action: 2, inner.action_space), tiny(task), 0.5)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"must take the actions that it is given.*took 2 in place of 1"):
+        env.step(1)

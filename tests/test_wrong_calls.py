@@ -7,11 +7,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import textrl
 from textrl.agents import DPO, PPO, SFT, ReST
 from textrl.drawing import Sampling
+from textrl.envs.arithmetic import Arithmetic
+from textrl.envs.bandit import Bandit
+from textrl.envs.brackets import Brackets
+from textrl.envs.copy import Copy
+from textrl.envs.random_walk import RandomWalk
 from textrl.kl import AdaptiveKL
+from textrl.policy import small_model
 from textrl.returns import discounted_returns, gae, leave_one_out, masked_mean
 from textrl.reward_training import RewardModelConfig
 from textrl.rewards import RewardModel, train_reward_model, weighted_sum
@@ -265,3 +274,74 @@ def test_a_tensor_of_one_number_is_a_score():
         reward=lambda completions: [torch.tensor(0.5) for _ in completions],
     ).unwrapped.task  # fmt: skip
     assert task.evaluate([{"prompt": "a"}] * 2, [[1, 0], [0]]).totals.tolist() == [0.5, 0.5]
+
+
+def test_a_tokenizer_with_gaps_in_its_ids_is_refused():
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 3}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    with pytest.raises(ValueError, match=r"tokenizer must be one of 3 tokens with the ids 0 to 2; got 'ids up to 3'"):
+        textrl.Task(tokenizer=tokenizer, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "columns", [None, [1.0], {"a": 1.0}, {3: [1.0]}, {"a": np.ones((1, 2))}, {"score": [1.0]}, {"a": [{}]}], ids=str
+)
+def test_describe_must_give_columns(columns):
+    wrong = type("Wrong", (Copy,), {"describe": lambda self, **_: columns})()
+    for env in (textrl.TextEnv(wrong), textrl.TextVectorEnv(wrong, 1)):
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match="describe must"):
+            env.step(0 if isinstance(env, textrl.TextEnv) else np.array([0]))
+
+
+def test_columns_that_come_and_go_are_refused():
+    class Changing(Copy):
+        deterministic = True
+
+        def describe(self, prompts, completions, **columns):
+            return {"long" if len(completions[0]) > 1 else "short": [1.0] * len(prompts)}
+
+        def score(self, prompts, completions, **columns):
+            return [0.0] * len(prompts)
+
+    envs = textrl.TextVectorEnv(Changing(length=1), 1, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs.reset(seed=0)
+    envs.step(np.array([0]))
+    envs.step(np.array([1]))
+    with pytest.raises(ValueError, match=r"describe must give the same columns of every response; \['long', 'short'\]"):
+        envs.step(np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (Brackets, {"depth": 30, "length": 30}, "depth must be from 1 to 13; got 30"),
+        (Arithmetic, {"largest": 10_000}, "largest must be from 0 to 99; got 10000"),
+        (RandomWalk, {"edges": -1}, "edges and seed must be at least 0"),
+        (Bandit, {"payoffs": "ab"}, "payoffs must be finite numbers; got 'ab'"),
+        (Bandit, {"payoffs": [float("nan")]}, "payoffs must be finite numbers"),
+    ],
+)
+def test_environments_name_the_argument_that_is_wrong(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_a_coefficient_may_be_a_number_of_numpy():
+    task = Copy()
+    model = small_model(task.vocab_size, 10)
+    assert textrl.TextEnv(task, reference=model, kl_coef=np.float32(0.5)).kl_coef == 0.5
+    with pytest.raises(ValueError, match="kl_coef must be a number of at least 0; got True"):
+        textrl.TextEnv(task, reference=model, kl_coef=True)
+
+
+@pytest.mark.parametrize("logit", [-np.inf, np.nan])
+def test_a_policy_that_says_what_it_cannot_is_named(logit):
+    task = Copy()
+    logits = np.zeros((1, task.vocab_size), dtype=np.float32)
+    logits[0, 2] = logit
+    env = textrl.TextEnv(task, reference=small_model(task.vocab_size, 10), kl_coef=0.0)
+    env.policy = lambda observations: logits
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="policy must be a function whose logits give the token taken, 2, a finite"):
+        env.step(2)

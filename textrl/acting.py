@@ -137,7 +137,7 @@ def responses_to(
         [task.eos_token_id],
         sampling=sampling,
         generator=agent.generator,
-        allowed=_masks_of_own(agent, rows, encoded) if steps <= task.max_new_tokens else None,
+        allowed=_masks_on(agent, rows, encoded, steps),
         stop=stop_at(stop_strings, task.decode) if stop_strings else None,
     )
     return rows, [r[:n] for r, n in zip(sampled.responses.tolist(), sampled.lengths.tolist(), strict=True)]
@@ -180,27 +180,33 @@ def _response(task: Task, observation: NDArray[np.int64], start: int) -> NDArray
     return response if unfinished else None
 
 
-def _masks_of_own(
-    agent: Agent, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]]
+def _masks_on(
+    agent: Agent, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]], steps: int
 ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None:
-    """What `allowed_after` gives for the rows that are the task's own; for others all tokens."""
+    """Responses (B, T) -> the masks that hold next: the agent's, and the task's for the rows that are its own."""
     task = agent.task
-    fits = [len(ids) <= task.max_prompt_tokens for ids in prompts]
+    fits = [len(ids) <= task.max_prompt_tokens and steps <= task.max_new_tokens for ids in prompts]
     own = [i for i, row in enumerate(rows) if fits[i] and (task.rows is None or row in task.rows)]
-    narrow = agent.narrow if agent.narrows else None
-    after = allowed_after(task, [rows[i] for i in own], [prompts[i] for i in own], narrow) if own else None
-    if after is None:
+    after = allowed_after(task, [rows[i] for i in own], [prompts[i] for i in own]) if own else None
+    if after is None and not agent.narrows:
         return None
+    texts = np.full((len(rows), max(map(len, prompts)) + steps), task.vocab_size)  # (B, P + T)
+    for text, prompt in zip(texts, prompts, strict=True):
+        text[: len(prompt)] = prompt
+    columns = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(steps)
 
     def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_]:
         masks = np.ones((len(rows), task.vocab_size), dtype=np.bool_)
-        masks[own] = after(responses[own])
-        return masks
+        if after is not None:
+            masks[own] = after(responses[own])
+        np.put_along_axis(texts, columns, responses, 1)
+        narrowed: NDArray[np.bool_] = _narrowed(agent, masks, texts)
+        return narrowed
 
     return allowed
 
 
-def _narrowed(agent: Agent, masks: Masks, observations: NDArray[np.int64]) -> Masks:
+def _narrowed(agent: Agent, masks: Masks, observations: NDArray[np.int64]) -> Any:
     return both_masks(masks, agent.narrow(observations)) if agent.narrows else masks
 
 

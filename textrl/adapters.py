@@ -307,9 +307,15 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} holds the adapter of another model: {found.unexpected_keys[:3]}")
 
 
-def load_own_weights(module: nn.Module, file: Path) -> None:
-    """Puts back what `own_weights` gave."""
-    put_back(module, load_file(file), file)
+def load_own_weights(module: nn.Module, file: Path, policy: nn.Module) -> None:
+    """Puts back what `own_weights` gave; of what the policy holds too, the module has a copy of its own from now on."""
+    weights, held = load_file(file), {parameter.data_ptr() for parameter in policy.parameters()}
+    for name, parameter in list(module.named_parameters()):
+        if name in weights and parameter.data_ptr() in held:
+            owner, _, leaf = name.rpartition(".")
+            copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(module.get_submodule(owner), leaf, copied)
+    put_back(module, weights, file)
 
 
 def put_back(module: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:

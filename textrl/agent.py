@@ -32,6 +32,7 @@ from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
 from .stepping import is_bare as is_bare
+from .stepping import paid_scores
 from .stepwise import StepwiseLM
 from .task import Row, Task
 from .trunk import frozen_blocks
@@ -209,9 +210,14 @@ class Agent:
         return out
 
     def tempered(self, rollout: Rollout) -> Rollout:
-        """A fresh rollout with the score in its rewards multiplied by `score_weight`, and the KL penalty as it was."""
+        """A fresh rollout with the score in its rewards multiplied by `score_weight`, and the KL penalty as it was.
+
+        Where a wrapper changes rewards the two cannot be told apart, and all stays as it is.
+        """
         weight = self.score_weight if self.base.kl_coef > 0 else 1.0
         if rollout.ref_logprobs is None or weight == 1:
+            return rollout
+        if not torch.equal(paid_scores(rollout, self.env), rollout.scores):
             return rollout
         penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
         return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)

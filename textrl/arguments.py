@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from .config import check, is_count
+from .config import check, is_count, is_number
 from .render import RENDER_MODES
 from .scores import shorten
 from .task import Row, Task
@@ -25,11 +25,11 @@ def check_penalty(reference: Any, kl_coef: float, temperature: float) -> None:
     Raises:
         ValueError: saying which argument, its value and what would be right.
     """
-    if not (isinstance(kl_coef, (int, float)) and np.isfinite(kl_coef) and kl_coef >= 0):
+    if not (is_number(kl_coef) and np.isfinite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef must be a number of at least 0; got {kl_coef!r}")
     if kl_coef > 0 and reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference to be close to: pass reference=model, or kl_coef=0")
-    if not (isinstance(temperature, (int, float)) and np.isfinite(temperature) and temperature > 0):
+    if not (is_number(temperature) and np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a number above 0; got {temperature!r}")
 
 
@@ -128,13 +128,19 @@ def row_seeds(seed: Any, num_envs: int) -> list[int | None]:
     return seeds
 
 
-def check_actions(actions: Any, num_envs: int, vocab_size: int) -> NDArray[np.int64]:
-    """The actions as (N,) int64.
+def check_actions(actions: Any, num_envs: int, vocab_size: int, ignored: NDArray[np.intp]) -> NDArray[np.int64]:
+    """The actions as (N,) int64; of the rows `ignored` any whole number is taken, for 0.
 
     Raises:
         ValueError: for floats, another shape, or ids outside the vocabulary.
     """
-    array = np.asarray(actions)
+    try:
+        array = np.asarray(actions)
+    except ValueError:  # lists of different lengths
+        array = np.array([0.0])
+    if len(ignored) and array.shape == (num_envs,):
+        array = array.copy()
+        array[ignored] = 0
     if array.shape != (num_envs,) or array.dtype.kind not in "iu":
         raise ValueError(f"actions must be {num_envs} integer token ids; got shape {array.shape}, dtype {array.dtype}")
     ids = array if array.dtype == np.int64 else array.astype(np.int64)

@@ -61,7 +61,8 @@ class Board:
     def end(self, info: Mapping[str, Any]) -> None:
         """The text, and what its end brought."""
         self._text()
-        scores = ", ".join(f"{key} {float(value):.4g}" for key, value in info.items() if key.endswith("score"))
+        named = ((key, value) for key, value in info.items() if key.endswith("score") and not isinstance(value, str))
+        scores = ", ".join(f"{key} {float(value):.4g}" for key, value in named)
         kls = self.env.snapshot().kls
         kl = f", KL to the reference {sum(kls):.3f}" if kls else ""
         self.say(f"the end ({info['finish_reason']}): {scores}{kl}. /new, /restart, /back or /quit")

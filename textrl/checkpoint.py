@@ -45,6 +45,10 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
     """Puts the weights that `save_module` wrote into a module of the same form."""
     whole = isinstance(module, PreTrainedModel)  # a large one is written in several files, what is tied once
     where = folder / (name if whole else f"{name}.safetensors")
+    if not where.exists():
+        raise ValueError(
+            f"folder {str(folder)!r} holds no {name}: make the agent with the settings that it was saved with"
+        )
     files = [*where.glob("model.safetensors"), *where.glob("model-*-of-*.safetensors")] if whole else [where]
     put_back(module, {key: weight for file in files for key, weight in load_file(file).items()}, where)
 
@@ -166,7 +170,7 @@ def _load_modules(agent: Agent, folder: Path, manifest: Mapping[str, Any]) -> No
         elif name == "policy":
             load_adapter_weights(agent.model, folder)
         else:
-            load_own_weights(module, folder / f"{name}.safetensors")
+            load_own_weights(module, folder / f"{name}.safetensors", agent.model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Codec:
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._known: dict[str, NDArray[np.int64]] = {}
         self._before = [] if self._symbols is not None else self._needed_before()
+        self._lead = len(self._decoded([self._before])[0])  # characters of it
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
         """The token ids of a prompt: (p,).
@@ -76,23 +77,24 @@ class Codec:
         if self._symbols is not None:
             symbol = self._symbols.__getitem__
             return ["".join(map(symbol, response)) for response in responses]
-        before = [] if alone else self._before
-        return [text[len(before) :] for text in self._decoded([[*before, *response] for response in responses])]
+        before, lead = ([], 0) if alone else (self._before, self._lead)
+        return [text[lead:] for text in self._decoded([[*before, *response] for response in responses])]
 
     def _decoded(self, ids: list[list[int]]) -> list[str]:
         return list(self._tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True))
 
     def _needed_before(self) -> list[int]:
-        """A letter's token to decode a response after, where the first token of a text loses its space; else none.
+        """A word's token to decode a response after, where the first token of a text loses its space; else none.
 
         SentencePiece and WordPiece are so: "the movie" and the tokens of " was" would become "the moviewas".
         """
-        for letter in "aexo1":
+        size = len(self._tokenizer)
+        for word in (*"aexo1", *self._decoded([[i] for i in range(0, size, max(1, size // TRIED))])):
             try:
-                ids = list(self._tokenizer(letter, add_special_tokens=False)["input_ids"])
-            except Exception:  # a vocabulary without this letter
+                ids = list(self._tokenizer(word, add_special_tokens=False)["input_ids"])
+            except Exception:  # a vocabulary without this word
                 continue
-            if ids and self._decoded([ids[-1:]]) == [letter]:
+            if word.isalnum() and ids and self._decoded([ids[-1:]]) == [word]:
                 return ids[-1:] if self._loses_space(ids[-1:]) else []
         return []
 

@@ -17,7 +17,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
@@ -27,7 +26,7 @@ from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
 from .policy import CausalPolicy, few_threads, load_model
 from .rollout import Narrow, Rollout, both_masks, collect_sampled
-from .stepping import Act, action_masks, attached, collect_stepped, penalty_weight
+from .stepping import Act, action_masks, attached, collect_stepped, paid_scores
 from .stepwise import StepwiseLM
 from .task import Task
 
@@ -91,19 +90,11 @@ def collect(
                     seed=seed if storage is None else None,
                     missing_penalty=missing,
                 )
-                rollout.scores = _paid(rollout, penalty_weight(env))
+                rollout.scores = paid_scores(rollout, env)
             if storage is None:
                 storage = _new_storage(dataset, env, type(model).__name__)
             storage.update_episodes(_buffers(rollout, base.task))
     return open_dataset(storage.data_path.parent)
-
-
-def _paid(rollout: Rollout, kl_coef: float) -> Tensor:
-    """What a wrapped environment paid for each response beside the KL penalty: what offline agents learn from."""
-    paid = rollout.rewards.sum(1)
-    if rollout.ref_logprobs is not None:
-        paid = paid + kl_coef * (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    return torch.where((paid - rollout.scores).abs() < 1e-4 * (1 + paid.abs()), rollout.scores, paid)  # rounding
 
 
 @contextmanager

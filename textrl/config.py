@@ -116,6 +116,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a number, Python's or NumPy's."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def as_path(name: str, value: Any) -> Path:
     """A path given as one or as a text.
 

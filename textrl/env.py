@@ -114,6 +114,11 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         return self._tokens.copy()
 
     @property
+    def running(self) -> bool:
+        """Whether an episode runs: it has begun and not ended."""
+        return self._ended is False
+
+    @property
     def rows(self) -> list[Row]:
         """The row of the task that is played, not a copy, as a list of one; an empty row before the first reset."""
         return [self._row]

@@ -81,6 +81,10 @@ def read_episodes(
     check("dataset", str(found.storage.data_path), bool(episodes), "one with episodes")
     prompts = [episode.observations[0][episode.observations[0] != fill] for episode in episodes]
     responses = [episode.actions.tolist() for episode in episodes]
+    if task is not None:
+        for name, texts in (("max_prompt_tokens", prompts), ("max_new_tokens", responses)):
+            limit, longest = getattr(task, name), max(map(len, texts))
+            check(f"task.{name}", limit, longest <= limit, f"at least {longest}, as the dataset needs it")
     tokens, prompt_lengths, mask = pad_responses(prompts, responses, torch.device("cpu"))
     unknown = torch.where(mask, torch.nan, 0.0)
     rollout = Rollout(
@@ -123,7 +127,7 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
         ValueError: for anything else, naming the row.
     """
     if isinstance(source, Rollout):  # what another agent's model made of it stays behind
-        mine = replace(source, below=None, values=None, advantages=None, returns=None)
+        mine = replace(source, below=None, values=None, advantages=None, returns=None, allowed=None)
         return on_device(mine, device)
     if isinstance(source, (str, Path)) and not is_file_name(source) and os.path.isfile(source):
         raise InputError(f"dataset must be a Minari dataset's folder or id, or {FILE_OF_ROWS}; got {found_at(source)}")

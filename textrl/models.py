@@ -238,7 +238,7 @@ def train_last_layers(model: nn.Module, layers: int | None) -> None:
     model.requires_grad_(True)
     if layers is None:
         return
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
     if not 0 < layers <= len(blocks):
         raise ValueError(f"trainable_layers must be from 1 to the model's {len(blocks)}; got {layers}")
     for module in model.modules():
@@ -255,7 +255,8 @@ def recompute_blocks(model: PreTrainedModel) -> None:
         ValueError: for an architecture that does not have a flat forward.
     """
     known = flat_of(model) is not None
-    check("activation_checkpointing", True, known, "False for a model that is not a plain GPT-2 or Llama")
+    right = "False for a model that is no plain GPT-2 or Llama, or has an adapter"
+    check("activation_checkpointing", True, known, right)
     model.base_model.gradient_checkpointing = True
 
 

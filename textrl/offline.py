@@ -68,13 +68,20 @@ def example_ids(
     Raises:
         ValueError: naming the column.
     """
-    prompt = text_of(row, "prompt")
-    own = task.rows if strict and not prompt.strip() else None
-    if own is not None and all(each["prompt"].strip() for each in own):
-        text_of(row, "prompt", empty=False)
+    prompt = prompt_of(row, task, strict)
     if row.get("completion_ids") is not None:
         return task.encode({"prompt": prompt}).tolist(), token_ids(row, "completion_ids", task)
     return encode_response(task, prompt, text_of(row, "completion", empty=not strict), end_token)
+
+
+def prompt_of(row: Mapping[str, Any], task: Task, strict: bool) -> str:
+    """A row's "prompt"; with `strict` not an empty one where the task has none.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    own = task.rows if strict else None
+    return text_of(row, "prompt", empty=own is None or not all(each["prompt"].strip() for each in own))
 
 
 def token_ids(row: Mapping[str, Any], column: str, task: Task) -> list[int]:

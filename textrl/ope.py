@@ -226,7 +226,9 @@ def _q_and_v(
         if q is None:
             values = both[half[part][rows], steps]  # (n, V)
         else:
-            values = q(batch)[rows, steps].double()
+            asked, shape = q(batch), (*batch.action_mask.shape, policy.vocab_size)
+            check("q", tuple(asked.shape), asked.shape == shape, f"a function of a rollout that gives {shape}")
+            values = asked[rows, steps].double()
         logits = policy.logits(policy.hidden(batch.tokens, rows, columns)).double() / policy.temperature
         if batch.allowed is not None:
             logits = logits.masked_fill(~batch.allowed[batch.action_mask], -torch.inf)

@@ -120,6 +120,9 @@ class Outcomes:
                 (key, f"_{key}", np.full(size, None if values.dtype == object else 0.0, values.dtype))
                 for key, values in columns.items()
             ]
+        if {key for key, _, _ in self._columns} != set(columns):
+            here = sorted(columns.keys() ^ {key for key, _, _ in self._columns})
+            raise ValueError(f"describe must give the same columns of every response; {here} come and go")
         for key, _, known in self._columns:
             known[new] = columns[key][over]
         self._where[new] = new

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import check
 from .files import Rows, all_or_none, number_of, text_of
-from .offline import encode_response, token_ids
+from .offline import encode_response, prompt_of, token_ids
 from .preferences import REFERENCE_COLUMNS
 from .task import Task
 
@@ -33,7 +33,7 @@ def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
     Raises:
         ValueError: for rows of another kind, reference columns that only some rows have, or no pair that differs.
     """
-    every = rows.each(lambda row: _encode(task, row))
+    every = rows.each(lambda row: _encode(task, row, rows.strict))
     pairs = [pair for pair in every if pair[1][0] != pair[1][1]]
     check("dataset", f"{len(every)} pairs that are alike", bool(pairs), "pairs that differ within the horizon")
     if len(pairs) < len(every):
@@ -44,8 +44,8 @@ def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
     return pairs, torch.tensor(known) if known else None
 
 
-def _encode(task: Task, row: Mapping[str, Any]) -> Pair:
-    prompt = text_of(row, "prompt")
+def _encode(task: Task, row: Mapping[str, Any], strict: bool) -> Pair:
+    prompt = prompt_of(row, task, strict)
     responses = []
     for side in SIDES:
         if row.get(f"{side}_ids") is None:

@@ -45,12 +45,25 @@ class Penalty:
         kl_coef: float,
         temperature: float,
         policy: Policy | None,
+        live: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
-        """States (B, L), tokens (B,) -> what is added to the rewards (B,), and the columns of info, (B,) each."""
+        """States (B, L), tokens (B,) -> what is added to the rewards (B,), and the columns of info, (B,) each.
+
+        Raises:
+            ValueError: for a policy that gives one of the tokens no finite log-probability; not in rows that are not
+                `live`, (B,), whose numbers nobody reads.
+        """
         ref_logprobs = chosen_logprobs(self.stepper(observations), actions, temperature)
         if policy is None:
             return kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
-        kl = chosen_logprobs(policy_logits(policy, observations, self.vocab_size), actions, temperature) - ref_logprobs
+        logprobs = chosen_logprobs(policy_logits(policy, observations, self.vocab_size), actions, temperature)
+        lost = ~np.isfinite(logprobs) & (True if live is None else live)
+        if lost.any():
+            row = int(lost.argmax())
+            token = int(np.asarray(actions)[row])
+            right = f"a function whose logits give the token taken, {token}, a finite log-probability"
+            check("policy", float(logprobs[row]), False, right)
+        kl = logprobs - ref_logprobs
         return -kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
 
 

@@ -218,7 +218,7 @@ class Session:
             ids = []
         if not ids:
             pieces = token_texts(self.task, range(self.task.vocab_size)) if self.task.vocab_size <= 1000 else []
-            ids = [i for i, piece in enumerate(pieces) if piece.strip() == text.strip()][:1]
+            ids = [i for i, piece in enumerate(pieces) if piece.strip() == text.strip() and text][:1]
         check("text", text, bool(ids), "made of the tokenizer's tokens (#N picks one of the list)")
         return ids
 

@@ -198,6 +198,8 @@ def _row(
     if strict:
         for column, text in ((prompts, prompt), (first, chosen), (second, rejected)):
             value = row.get(column or "")
+            if column == prompts and value == "":  # whether it may be empty hangs on the task
+                continue
             if column is not None and not (value if isinstance(value, str) else text).strip():
                 raise ValueError(f"column {column!r} must be a text that is not empty; got {shorten(value)}")
         if chosen == rejected:

@@ -178,5 +178,7 @@ def draw(picture: Picture, mode: str | None) -> Any:
 
 def show(pictures: Sequence[Picture]) -> None:
     """Writes the pictures to the terminal, one a line."""
-    sys.stdout.write("".join(ansi(picture) + "\n" for picture in pictures))
+    coded = sys.stdout.encoding or "utf-8"
+    text = "".join(ansi(picture) + "\n" for picture in pictures)
+    sys.stdout.write(text.encode(coded, "backslashreplace").decode(coded))  # whatever the terminal can show
     sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -12,6 +13,7 @@ from typing import Any
 
 from .disk import write_text
 from .logging import TIMESTEPS, read_numbers
+from .render import CONTROLS
 
 PAGE = "report.html"
 """The page's name in a run's folder."""
@@ -140,9 +142,7 @@ def visible(text: object) -> str:
             out.append(chr(0x2400 + code))
         elif code == 127:
             out.append("\u2421")
-        elif 0x80 <= code < 0xA0 or code in (0x200E, 0x200F, 0x061C, 0xFEFF) or 0x202A <= code <= 0x202E:
-            out.append(f"<U+{code:04X}>")
-        elif 0x2066 <= code <= 0x2069 or 0xD800 <= code <= 0xDFFF:
+        elif unicodedata.category(char) in CONTROLS:
             out.append(f"<U+{code:04X}>")
         else:
             out.append(char)

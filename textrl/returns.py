@@ -92,8 +92,8 @@ def leave_one_out(scores: Tensor, group_size: int | Tensor) -> Tensor:
     return (groups - others).view(-1)
 
 
-def mean_of_others(scores: Tensor, groups: Tensor, prior: float) -> Tensor:
-    """The mean over `prior` and the scores of the other samples of its group: (B,), (B,) int64 -> (B,).
+def mean_of_others(scores: Tensor, groups: Tensor, prior: Tensor) -> Tensor:
+    """The mean over `prior` and the scores of the other samples of its group: (B,), (B,) int64, (B,) -> (B,).
 
     A baseline without bias wherever `prior` does not hang on the scores; that of a prompt's only sample is `prior`.
     """

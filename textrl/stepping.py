@@ -102,6 +102,24 @@ def penalty_weight(env: Any) -> float:
     return weight + (0.0 if env.reference is None else env.kl_coef)
 
 
+def paid_scores(rollout: Rollout, env: AnyEnv) -> Tensor:
+    """What an environment paid for each response beside the KL penalty: the scores, but where a wrapper changed them.
+
+    Args:
+        rollout: B episodes of the environment.
+        env: wrapped or not.
+
+    Returns:
+        (B,).
+    """
+    if is_bare(env):
+        return rollout.scores
+    paid = rollout.rewards.sum(1)
+    if rollout.ref_logprobs is not None:
+        paid = paid + penalty_weight(env) * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    return torch.where((paid - rollout.scores).abs() < 1e-4 * (1 + paid.abs()), rollout.scores, paid)  # rounding
+
+
 @dataclass
 class _Episode:
     prompt: NDArray[np.int64]

@@ -70,6 +70,9 @@ class Task:
                 f"tokenizer must have an end-of-sequence token (tokenizer.eos_token); got {type(tokenizer).__name__}"
                 " without one"
             )
+        ids = tokenizer.get_vocab().values()
+        right = f"one of {len(tokenizer)} tokens with the ids 0 to {len(tokenizer) - 1}"
+        check("tokenizer", f"ids up to {max(ids)}", max(ids) + 1 == len(tokenizer), right)
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.vocab_size: int = len(tokenizer)
@@ -268,14 +271,10 @@ class Task:
             columns[FAULT] = [scores.faults.get(i) for i in range(len(rows))]
         if type(self).describe is not Task.describe:
             given = self._columns(rows, completion_ids)
-            for key, values in self.describe(prompts=prompts, completions=completions, **given).items():
-                if key in columns or key in OF_A_STEP or key.startswith("_") or len(values) != len(rows):
-                    raise ValueError(
-                        f"describe must give columns of {len(rows)} with names of its own, not"
-                        f" {[*columns, *OF_A_STEP]}; got {key!r} with {len(values)}"
-                    )
-                texts = isinstance(values[0], str)
-                columns[key] = list(values) if texts else np.array(values, dtype=np.float64)
+            described = self.describe(prompts=prompts, completions=completions, **given)
+            check("describe", described, isinstance(described, Mapping), "a function that gives a dict of columns")
+            for key, values in described.items():
+                columns[key] = _described(key, values, len(rows), columns)
         return scores, columns
 
     @staticmethod
@@ -287,6 +286,28 @@ class Task:
             list(response) if type(response) is list else list(map(int, response)) for response in completion_ids
         ]
         return columns
+
+
+def _described(key: Any, values: Any, size: int, others: Mapping[str, Any]) -> Any:
+    """A column of `describe`, checked: a list of B texts, or (B,) float64.
+
+    Raises:
+        ValueError: for a name that is taken, or what are not B numbers or B texts.
+    """
+    free = isinstance(key, str) and key not in others and key not in OF_A_STEP and not key.startswith("_")
+    try:
+        column = list(values)
+        found = column if all(isinstance(v, str) for v in column) else np.array(column, dtype=np.float64)
+        fine = np.shape(found) == (size,)
+    except (TypeError, ValueError):
+        fine = False
+    if not free or not fine:
+        taken = [*others, *OF_A_STEP]
+        raise ValueError(
+            f"describe must give columns of {size} numbers or {size} texts, with names of their own, not {taken};"
+            f" got {key!r}: {shorten(values)}"
+        )
+    return found
 
 
 def _columns_of(rows: Sequence[Row]) -> dict[str, None]:

@@ -181,8 +181,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """
         if not self._started:
             raise gym.error.ResetNeeded("step was called before the first reset: call reset() first")
-        actions = check_actions(actions, self.num_envs, self.task.vocab_size)
         again = self._over.nonzero()[0]
+        actions = check_actions(actions, self.num_envs, self.task.vocab_size, again)
         if len(again) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise AssertionError(f"rows {again.tolist()} have ended: reset them with options={{'reset_mask': ...}}")
         rewards = np.zeros(self.num_envs)
@@ -220,7 +220,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """The KL penalty of a token, for every live row."""
         assert self._penalty is not None
         live, observations = self.running, self._texts.tokens.copy()
-        paid, columns = self._penalty(observations, actions, self.kl_coef, self.temperature, self.policy)
+        observations[~live, 1:] = self.task.vocab_size  # of a text that has ended nothing more is asked
+        paid, columns = self._penalty(observations, actions, self.kl_coef, self.temperature, self.policy, live)
         rewards[live] += paid[live]
         for key, values in columns.items():
             infos[key], infos[f"_{key}"] = np.where(live, values, np.float32(0)), live.copy()

@@ -141,7 +141,8 @@ def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) ->
 class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], RecordConstructorArgs):
     """Adds `-kl_coef * (log pi - log pi_ref)` to every reward, as `TextEnv` itself does when it has a reference.
 
-    pi is `env.unwrapped.policy`; while that is None, `+kl_coef * log pi_ref` is added.
+    pi is `env.unwrapped.policy`; while that is None, `+kl_coef * log pi_ref` is added. A step that only resets
+    (Gymnasium's `Autoreset`) pays nothing.
 
     Args:
         env: a single textrl environment without a reference.
@@ -166,11 +167,21 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         self._penalty = Penalty(reference, task_of(env))
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, Info]:
-        """Appends a token and pays for it."""
+        """Appends a token and pays for it.
+
+        Raises:
+            ValueError: where a wrapper below took another action than the one given.
+        """
         base: Any = self.env.unwrapped  # its own state: it may have been restored, and show other observations here
-        before = base.tokens[None]  # (1, L)
-        policy = _as_before(base.policy, before, bool(base.rows[0]))
+        before, live = base.tokens[None], base.running  # (1, L)
+        policy = _as_before(base.policy, before, live)
         observation, reward, terminated, truncated, info = self.env.step(action)
+        if not live:
+            return observation, float(reward), terminated, truncated, info
+        length = int((before != self._penalty.vocab_size).sum())
+        if not (terminated or truncated) and (said := int(base.tokens[length])) != action:
+            what = f"env must take the actions that it is given, for {type(self).__name__} to know what they cost"
+            raise ValueError(f"{what}; {self.env} took {said} in place of {action}")
         added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
@@ -204,7 +215,7 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         before, live = base.tokens, base.running
         policy = _as_before(base.policy, before, bool(live.any()))
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
-        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy)
+        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         ended = np.logical_or(terminations, truncations)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
