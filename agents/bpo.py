@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.batch import prompt_groups
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
-from textrl.offline import Epochs, prompt_groups
+from textrl.offline import Epochs
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, batched_logprobs
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
 from textrl.kl import k3
+from textrl.memory import mean_of
 from textrl.returns import group_normalised, leave_one_out, masked_mean
 from textrl.rollout import Rollout
 
@@ -106,7 +107,7 @@ class GRPO(Agent):
             for _ in range(config.epochs)
             for indices in self.shuffled(len(rollout), config.minibatches)
         ]
-        return {f"train/{key}": sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        return {f"train/{key}": value for key, value in mean_of(steps).items()}
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None

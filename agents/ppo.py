@@ -26,6 +26,7 @@ from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
 from textrl.critic import Critic, with_advantages
 from textrl.heads import head_of
 from textrl.kl import AdaptiveKL, k3
+from textrl.memory import mean_of
 from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
@@ -194,7 +195,7 @@ class PPO(Agent):
                 steps.append(self._step(rollout.select(indices)))
             if config.target_kl is not None and steps[-1]["kl_old_new"] > config.target_kl:
                 break
-        numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        numbers = mean_of(steps)
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
         numbers["steps"] = len(steps)
         numbers["explained_variance"] = known

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, check
+from textrl.batch import prompt_groups
 from textrl.critic import Critic, batched_values, bootstrapped, value_loss
-from textrl.offline import prompt_groups
 from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var, mean_of_others
 from textrl.rollout import Rollout
 

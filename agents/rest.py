@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, check, is_bare
+from textrl.batch import prompt_groups
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
-from textrl.offline import prompt_groups
+from textrl.memory import mean_of
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, collect_sampled
 
@@ -157,7 +158,7 @@ class ReST(Agent):
             for _ in range(self.config.epochs):
                 for part in self.shuffled(len(chosen), -(-len(chosen) // self.config.batch_size)):
                     steps.append(self.minimise(self._loss, rollout.select(chosen[part])))
-        numbers = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        numbers = mean_of(steps)
         numbers["effective_sample_size"] = size
         return {f"train/{key}": value for key, value in numbers.items()}
 

@@ -28,7 +28,6 @@ from textrl import fetch
 from textrl.config import check
 from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
-from textrl.flags import RUN
 from textrl.models import cast
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
@@ -36,6 +35,7 @@ from textrl.render import escape
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
 from textrl.rollout import Rollout, sample_episodes
 from textrl.runs import Checkpoints
+from textrl.trained import RUN
 
 from .ppo import PPO
 from .rlhf_config import RLHFConfig as RLHFConfig

@@ -8,10 +8,10 @@ from typing import Any
 
 from textrl.disk import read_json
 from textrl.files import InputError
-from textrl.flags import RUN
 from textrl.logging import PROGRESS
 from textrl.report import PAGE, Section, curves, distinct, settings, visible, write_report
 from textrl.rollout import Rollout
+from textrl.trained import RUN
 
 REPORT, LOGS = "report.json", "logs"
 """In a run's folder: the figures of its end; the logs of its steps, a folder each."""

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves, and one line for what the user got wrong."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,9 +11,9 @@ import sys
 import gymnasium as gym
 import pytest
 
-from textrl import cli
+from textrl import agents, cli
 from textrl.agents import BestOfN
-from textrl.flags import agent_classes
+from textrl.flags import agent_classes, field_comments
 from textrl.policy import small_model
 from textrl.registration import registered
 
@@ -352,3 +353,10 @@ def test_a_run_that_failed_at_once_does_not_stand_in_the_way(capsys, tmp_path):
     assert run(capsys, "train", "reinforce", *flags, "--env-arg", "means=[0.1, 0.2]")[0] == 0
     code, _, err = run(capsys, "train", "reinforce", *flags, "--env-arg", "means=[0.1, 0.2]")
     assert code == 2 and "holds a run already" in err
+
+
+@pytest.mark.parametrize("name", agents.__all__)
+def test_every_setting_of_an_agent_has_its_comment_as_help(name):
+    config_class = getattr(agents, name).config_class
+    comments = field_comments(config_class)
+    assert [field.name for field in dataclasses.fields(config_class) if not comments.get(field.name)] == []

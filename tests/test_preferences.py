@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from textrl.preferences import count_duplicates, read_preferences
+from textrl.preferences import read_preferences
 from textrl.task import symbol_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
@@ -87,7 +87,6 @@ def test_duplicates_are_evidence_unless_dropped() -> None:
     rows = [pair, {**pair, "chosen": "z"}, pair, pair]
     pairs = read_preferences(rows)
     assert pairs.to_list() == rows
-    assert count_duplicates(pairs) == 2
     with pytest.warns(UserWarning, match="dropped 2 of 4 pairs: duplicates"):
         assert read_preferences(rows, drop_duplicates=True).to_list() == rows[:2]
 

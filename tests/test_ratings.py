@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups, rating_pairs
+from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 
 
 @pytest.fixture
@@ -67,35 +67,15 @@ def test_a_missing_file_is_named(folder: Path) -> None:
         load_ratings(["product"], folder)
 
 
-@pytest.mark.parametrize("gap", [0.5, 1.0, 2.0])
-def test_all_pairs_are_exactly_those_with_the_gap(gap: float) -> None:
-    ratings = rated(12)
-    rows = list(ratings)
-    expected = {
-        (a["text"], b["text"])
-        for a, b in itertools.product(rows, rows)
-        if a["source"] == b["source"] and a["mean"] - b["mean"] >= gap
-    }
-    pairs = rating_pairs(ratings, gap, len(expected))
-    assert set(zip(pairs["chosen"], pairs["rejected"], strict=True)) == expected
-    by_text = {row["text"]: row for row in rows}
-    for pair in pairs:
-        assert pair["prompt"] == ""
-        for side in ("chosen", "rejected"):
-            assert pair[f"{side}_mean"] == by_text[pair[side]]["mean"]
-            assert pair[f"{side}_ratings"] == by_text[pair[side]]["ratings"]
-
-
-def test_pairs_follow_the_seed() -> None:
-    ratings = rated()
-    first, again, other = (rating_pairs(ratings, 1, 50, seed).to_dict() for seed in (0, 0, 1))
-    assert first == again != other
-
-
 def test_a_group_holds_all_pairs_of_its_few_sentences() -> None:
     ratings = rated(12)
     rows = {row["text"]: row for row in ratings}
     groups = rating_groups(ratings, 1.0, 3, 5)
+    for row in groups:
+        assert row["prompt"] == ""
+        for side in ("chosen", "rejected"):
+            of = rows[row[side]]
+            assert (row[f"{side}_mean"], row[f"{side}_ratings"]) == (of["mean"], of["ratings"])
     assert groups.to_dict() == rating_groups(ratings, 1.0, 3, 5).to_dict()
     seen: set[str] = set()
     for number in set(groups["group"]):
@@ -118,13 +98,7 @@ def test_means_of_one_decimal_reach_a_gap_of_one() -> None:
     ratings = Dataset.from_dict(
         {"source": ["a", "a"], "text": ["x", "y"], "mean": [0.4, 1.4], "ratings": [[0, 0], [1, 1]]}
     )
-    assert rating_pairs(ratings, 1.0, 1)["chosen"][:] == ["y"]  # 1.4 - 0.4 is 0.99999...
-
-
-@pytest.mark.parametrize(("gap", "n"), [(0.0, 1), (-1.0, 1), (1.0, 0), (1.0, 10**6), (9.0, 1)])
-def test_impossible_pairs_are_refused(gap: float, n: int) -> None:
-    with pytest.raises(ValueError, match=r"(gap|n) is"):
-        rating_pairs(rated(), gap, n)
+    assert rating_groups(ratings, 1.0, 1, 2)["chosen"][:] == ["y"]  # 1.4 - 0.4 is 0.99999...
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def test_who_belongs_together_is_known_after_some_were_dropped():
 def test_the_tasks_mask_goes_before_an_agents_own_where_they_have_nothing_in_common():
     task = np.array([[True, True, False], [True, False, False]])
     own = np.array([[False, True, True], [False, True, True]])
-    assert both_masks(task, own).tolist() == [[False, True, False], [True, False, False]]
-    assert both_masks(None, own) is own
+    observations = np.zeros((2, 4), dtype=np.int64)
+    assert both_masks(task, lambda _: own, observations).tolist() == [[False, True, False], [True, False, False]]
+    assert both_masks(None, lambda _: own, observations) is own
+    assert both_masks(task, None, observations) is task
 
 
 def test_a_lower_precision_keeps_inside_the_masks_and_reads_the_values_with_the_log_probabilities():

@@ -14,7 +14,7 @@ import textrl
 from textrl.agents import BPO, DPO, NLPO, REINFORCE, ReST
 from textrl.agents.bpo import advantage_weights, best_of_each, truncated_advantages
 from textrl.agents.dpo import sigmoid_loss
-from textrl.offline import prompt_groups
+from textrl.batch import prompt_groups
 from textrl.policy import small_model
 from textrl.tabular import tabular_model
 

@@ -26,12 +26,6 @@ def start(*arguments):
     )  # fmt: skip
 
 
-def wait_for_checkpoint(folder, process):
-    while not Checkpoints(folder, 2).steps():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_signals_end_the_iteration_and_the_run_goes_on(tmp_path):
     """SIGTERM, SIGINT and SIGKILL one after the other; then to the end."""

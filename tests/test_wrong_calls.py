@@ -148,7 +148,7 @@ def test_exact_answers(task, reference):
     refused("std must be a finite number from 0 up; got nan", lambda: textrl.tabular_model(task, std=nan))
     refused("seed must be at least 0; got -1", lambda: textrl.tabular_model(task, seed=-1))
     solution = textrl.solve(task)
-    refused("response has text unknown to the tokenizer: '?'", lambda: solution.logits("a", "?"))
+    refused("response has text that the tokenizer does not know: '?'", lambda: solution.logits("a", "?"))
     refused("response must be a text or token ids; got None", lambda: solution.logits("a", None))
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .arguments import check_observations
 from .config import check
-from .drawing import Sampling, draw
+from .drawing import Sampling
 from .generation import generate, stop_at
-from .models import longest_text
-from .rollout import Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import action_masks, attached, collect_stepped, is_bare
+from .models import load_model, longest_text
+from .policy import CausalPolicy
+from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
+from .stepping import actor, attached, collect_stepped, draw_inside, is_bare
 from .stepwise import StepwiseLM
 from .task import Row, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .agent import Agent
+    from .env import TextEnv
+    from .vector import TextVectorEnv
 
 Masks = NDArray[np.bool_] | None
 """(N, V): the tokens to draw from; None: all."""
@@ -39,7 +44,7 @@ def collect(agent: Agent) -> Rollout:
             generator=agent.generator,
             group_size=agent.group_size,
             tokens_at_once=agent.config.max_tokens_per_microbatch,
-            narrow=agent.narrow if agent.narrows else None,
+            narrow=agent.own_masks,
             value=agent.state_value,
         )
     if agent.group_size > 1:
@@ -52,10 +57,20 @@ def collect(agent: Agent) -> Rollout:
     def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
         return in_environment(agent, observations)
 
-    narrow = agent.narrow if agent.narrows else None
-    with attached(agent.env, agent.stepper, narrow) as missing:
+    with attached(agent.env, agent.stepper, agent.own_masks) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
         return collect_stepped(agent.env, agent.task, act, size, **settings)
+
+
+def evaluated_policy(
+    model: Agent | PreTrainedModel | str | Path, base: TextEnv | TextVectorEnv
+) -> tuple[CausalPolicy, Narrow | None]:
+    """Whoever plays or is judged, at the environment's temperature, and the masks of its own if it is such an agent."""
+    from .agent import Agent
+
+    owner = model if isinstance(model, Agent) else None
+    lm = load_model(model, base.task.tokenizer) if owner is None else owner.model
+    return CausalPolicy(lm, base.task.vocab_size, base.temperature), None if owner is None else owner.own_masks
 
 
 def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
@@ -66,7 +81,7 @@ def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
         rows,
         generator=agent.generator,
         tokens_at_once=agent.config.max_tokens_per_microbatch,
-        narrow=agent.narrow if agent.narrows else None,
+        narrow=agent.own_masks,
     )
 
 
@@ -74,12 +89,7 @@ def in_environment(
     agent: Agent, observations: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
     """Tokens for the observations the environment shows now, their log-probabilities, and the masks that held."""
-    masks = None
-    if agent.task.masked:
-        masks = action_masks(agent.env)
-    masks = _narrowed(agent, masks, observations)
-    tokens, logprobs = _draw(agent, agent.stepper(observations), masks)
-    return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+    return actor(agent.env, agent.stepper, agent.base.temperature, agent.generator, agent.own_masks)(observations)
 
 
 def on_observation(
@@ -94,8 +104,9 @@ def on_observation(
         check("action_masks", masks.shape, masks.shape == shape, f"of shape {shape}")
         check("action_masks", action_masks, bool(masks.any(1).all()), "masks with at least one token in each row")
     stepper = StepwiseLM(agent.policy, agent.task.vocab_size)
-    masks = _narrowed(agent, masks, observations)
-    actions = _draw(agent, stepper(observations), masks, deterministic)[0].cpu().numpy()
+    masks = both_masks(masks, agent.own_masks, observations)
+    sampling = Sampling(agent.base.temperature, greedy=deterministic)
+    actions = draw_inside(stepper(observations), masks, sampling, agent.generator)[0].cpu().numpy()
     return actions if np.ndim(observation) == 2 else actions[0]
 
 
@@ -188,7 +199,7 @@ def _masks_on(
     fits = [len(ids) <= task.max_prompt_tokens and steps <= task.max_new_tokens for ids in prompts]
     own = [i for i, row in enumerate(rows) if fits[i] and (task.rows is None or row in task.rows)]
     after = allowed_after(task, [rows[i] for i in own], [prompts[i] for i in own]) if own else None
-    if after is None and not agent.narrows:
+    if after is None and agent.own_masks is None:
         return None
     texts = np.full((len(rows), max(map(len, prompts)) + steps), task.vocab_size)  # (B, P + T)
     for text, prompt in zip(texts, prompts, strict=True):
@@ -200,17 +211,8 @@ def _masks_on(
         if after is not None:
             masks[own] = after(responses[own])
         np.put_along_axis(texts, columns, responses, 1)
-        narrowed: NDArray[np.bool_] = _narrowed(agent, masks, texts)
-        return narrowed
+        both = both_masks(masks, agent.own_masks, texts)
+        assert both is not None
+        return both
 
     return allowed
-
-
-def _narrowed(agent: Agent, masks: Masks, observations: NDArray[np.int64]) -> Any:
-    return both_masks(masks, agent.narrow(observations)) if agent.narrows else masks
-
-
-def _draw(agent: Agent, logits: Tensor, masks: Masks, greedy: bool = False) -> tuple[Tensor, Tensor]:
-    uniforms = torch.rand(len(logits), generator=agent.generator).to(logits.device)
-    forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
-    return draw(logits, uniforms, Sampling(agent.base.temperature, greedy=greedy), forbidden)

@@ -27,7 +27,7 @@ from .memory import Loss as Loss
 from .memory import accumulate_gradients, halving
 from .optim import Optimizer
 from .policy import CausalPolicy, pick_device, recompute_blocks, tables, trainable
-from .rollout import Rollout
+from .rollout import Narrow, Rollout
 from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
@@ -170,9 +170,9 @@ class Agent:
         return np.ones((len(observations), self.task.vocab_size), dtype=np.bool_)
 
     @property
-    def narrows(self) -> bool:
-        """Whether this agent has a mask of its own."""
-        return type(self).narrow is not Agent.narrow
+    def own_masks(self) -> Narrow | None:
+        """`narrow`, where this agent's class defines one; else None."""
+        return None if type(self).narrow is Agent.narrow else self.narrow
 
     # ---- what an update is made of ---------------------------------------------------------------------------
 

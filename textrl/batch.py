@@ -170,6 +170,14 @@ def pad_responses(
     return torch.from_numpy(tokens).to(device), prompt_lengths.to(device), mask.to(device)
 
 
+def prompt_groups(rollout: Rollout) -> Tensor:
+    """Which prompt each episode has, by its tokens: (B,) int64, the same number for the same prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    tokens, lengths = rollout.tokens.tolist(), rollout.prompt_lengths.tolist()
+    found = [numbers.setdefault(tuple(row[:n]), len(numbers)) for row, n in zip(tokens, lengths, strict=True)]
+    return torch.tensor(found, device=rollout.tokens.device)
+
+
 def batched_logprobs(policy: CausalPolicy, rollout: Rollout, tokens_at_once: int, masked: bool = False) -> Tensor:
     """A policy's log-probabilities of whole responses, in batched forwards: (B, T) float32; see `batched_readings`."""
     return batched_readings(policy, rollout, tokens_at_once, masked)[0]

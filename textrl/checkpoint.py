@@ -99,7 +99,7 @@ def save_agent(agent: Agent, folder: Path) -> None:
         save_state(part, content, tensors)
         facts = {
             "agent": type(agent).__name__,
-            "config": {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate},
+            "config": _settings(agent),
             "num_timesteps": agent.num_timesteps,
             "num_updates": agent.num_updates,
             "kl_coef": agent.base.kl_coef,
@@ -123,14 +123,30 @@ def restore(agent: Agent, folder: Path) -> None:
         CheckpointError: for a folder that is damaged or holds no agent.
         ValueError: for an agent of another class or with other settings.
     """
-    _restore(agent, folder, verify(folder), new_settings=False)
+    _restore(agent, folder, manifest_of(type(agent), folder), new_settings=False)
+
+
+def manifest_of(cls: type[Agent], folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that holds a whole agent of this class.
+
+    Raises:
+        CheckpointError: for a folder that is damaged or holds no agent.
+        ValueError: for an agent of another class.
+    """
+    manifest = verify(folder)
+    if manifest["agent"] != cls.__name__:
+        raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
+    return manifest
+
+
+def _settings(agent: Agent) -> dict[str, Any]:
+    """The settings in force, as JSON holds them."""
+    settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
+    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 
 def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settings: bool) -> None:
-    if manifest["agent"] != type(agent).__name__:
-        raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {type(agent).__name__}")
-    settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
-    settings = json.loads(json.dumps(settings))
+    settings = _settings(agent)
     differing = sorted(name for name, value in settings.items() if manifest["config"].get(name) != value)
     others = [name for name in differing if name != BOUND]
     others += ["dataset"] if manifest.get("dataset", agent.dataset_digest) != agent.dataset_digest else []
@@ -192,9 +208,7 @@ def load_agent(cls: type[AgentT], folder: Path, env: Any, settings: Mapping[str,
         CheckpointError: for a folder that is damaged or holds no agent.
         ValueError: for an agent of another class.
     """
-    manifest = verify(folder)
-    if manifest["agent"] != cls.__name__:
-        raise ValueError(f"folder {str(folder)!r} holds a {manifest['agent']}, not a {cls.__name__}")
+    manifest = manifest_of(cls, folder)
     agent = cls(env, str(folder), **{**manifest["config"], **cls.saved_arguments(folder), **settings})
     _restore(agent, folder, manifest, new_settings=True)
     return agent

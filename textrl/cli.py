@@ -12,11 +12,12 @@ from typing import Any
 
 from . import logged
 from .checkup import doctor_parser
-from .flags import FINAL, USER_ERRORS, Parser, finished_run, parse_config
+from .flags import USER_ERRORS, Parser, parse_config
 from .listing import list_agents, list_envs
 from .play import play_parser
 from .render import one_line
 from .train import train_parser
+from .trained import FINAL, finished_run, trained_agent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,7 +95,6 @@ def quiet_libraries() -> None:
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
     from .policy import few_threads
-    from .trained import trained_agent
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
@@ -106,7 +106,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     if options.episodes > 1:
         out["score_standard_error"] = out["score_std"] / (options.episodes - 1) ** 0.5
     out["episodes"] = options.episodes
-    if (best := getattr(agent.task, "best_score", None)) is not None:
+    if (best := agent.task.best_score) is not None:
         out["best_score"] = best
         if best > 0:
             out["share_of_best"] = out["score"] / best

@@ -21,6 +21,28 @@ REMEMBERED = 20_000
 """Prompts whose ids are kept at most."""
 
 
+def plain_ids(
+    tokenizer: PreTrainedTokenizerFast, text: str, called: str, special_tokens: bool = False, shown: str | None = None
+) -> list[int]:
+    """The token ids of a text alone, no begin token before it; special tokens written out in it are text.
+
+    Args:
+        tokenizer: a fast one.
+        text: the text.
+        called: the argument that the text is, for the message.
+        special_tokens: whether those are read as such.
+        shown: what the message shows, where that is a part of the text.
+
+    Raises:
+        ValueError: for text that the tokenizer does not know.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens)["input_ids"])
+    except Exception as error:  # a tokenizer raises what it likes
+        what = shorten(text if shown is None else shown)
+        raise ValueError(f"{called} has text that the tokenizer does not know: {what} ({error})") from None
+
+
 class Codec:
     """A tokenizer for prompts and responses.
 
@@ -50,13 +72,9 @@ class Codec:
             return ids.copy()
         if not self._special_tokens and self._tokenizer.chat_template:
             self._warn_of_special_tokens(prompt)
-        split = not self._special_tokens
-        try:
-            tokens = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=split)["input_ids"]
-        except Exception as error:
-            raise ValueError(f"prompt has text that the tokenizer does not know: {shorten(prompt)} ({error})") from None
-        begin = [] if self._special_tokens and len(tokens) else self._bos
-        ids = np.array(begin + list(tokens), dtype=np.int64)
+        tokens = plain_ids(self._tokenizer, prompt, "prompt", self._special_tokens)
+        begin = [] if self._special_tokens and tokens else self._bos
+        ids = np.array(begin + tokens, dtype=np.int64)
         if len(ids) == 0:
             raise ValueError("prompt is empty, and the tokenizer has no begin token to start from: give it some text")
         if len(self._known) >= REMEMBERED:

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from .acting import evaluated_policy
 from .agent import Agent, AnyEnv, base_env, check, is_bare
 from .config import check_type
 from .disk import could_be_folder
-from .drawing import Sampling, draw
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
-from .policy import CausalPolicy, few_threads, load_model
-from .rollout import Narrow, Rollout, both_masks, collect_sampled
-from .stepping import Act, action_masks, attached, collect_stepped, paid_scores
+from .policy import few_threads
+from .rollout import Rollout, collect_sampled
+from .stepping import actor, attached, collect_stepped, paid_scores
 from .stepwise import StepwiseLM
 from .task import Task
 
@@ -66,16 +65,14 @@ def collect(
     check_type("seed", seed, "int")
     check("seed", seed, seed >= 0, "at least 0")
     base = base_env(env)
-    lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
-    narrow = model.narrow if isinstance(model, Agent) and model.narrows else None
-    policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
+    policy, narrow = evaluated_policy(model, base)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(int(seed))
     folder = dataset_folder(dataset)
     new = could_be_folder(folder) and not (folder.is_dir() and any(folder.iterdir()))
     check("dataset", str(folder), new, "a new folder, or one that is empty")
     stepper = StepwiseLM(policy, base.task.vocab_size)
     storage: Any = None  # made when there is something to write
-    with few_threads(lm), _whole(folder), attached(env, stepper, narrow) as missing:
+    with few_threads(policy.model), _whole(folder), attached(env, stepper, narrow) as missing:
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
             if is_bare(env):
@@ -84,7 +81,7 @@ def collect(
                 rollout = collect_stepped(
                     env,
                     base.task,
-                    _actor(env, stepper, base.temperature, generator, narrow),
+                    actor(env, stepper, base.temperature, generator, narrow),
                     size,
                     device=policy.device,
                     seed=seed if storage is None else None,
@@ -143,27 +140,6 @@ def _new_storage(dataset: str | Path, env: AnyEnv, algorithm: str) -> Any:
         {"dataset_id": str(name), "minari_version": minari.__version__, "algorithm_name": algorithm, "textrl": facts}
     )
     return storage
-
-
-def _actor(
-    env: AnyEnv, stepper: StepwiseLM, temperature: float, generator: torch.Generator, narrow: Narrow | None
-) -> Act:
-    """Draws from the stepper's logits, inside the action masks of environment and agent where there are any."""
-    base = base_env(env)
-
-    def act(
-        observations: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
-        logits = stepper(observations)
-        masks = action_masks(env) if base.task.masked else None
-        if narrow is not None:
-            masks = both_masks(masks, narrow(observations))
-        forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
-        uniforms = torch.rand(len(observations), generator=generator).to(logits.device)
-        tokens, logprobs = draw(logits, uniforms, Sampling(temperature), forbidden)
-        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
-
-    return act
 
 
 def _buffers(rollout: Rollout, task: Task) -> Iterator[Any]:

@@ -27,9 +27,7 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
-    score_start: float = (
-        0.1  # weight of the score at first, with a KL penalty; rises to 1; not in ReST or with kl_target
-    )
+    score_start: float = 0.1  # with a KL penalty: weight of the score at first, rising to 1 (not ReST, not kl_target)
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .agent import Agent
+from .codec import plain_ids
 from .model_checks import finite, gradients, kl, order, padding, ratio, temperature
 from .patient import Fault, Patient
 from .scores import about, shorten
@@ -75,7 +76,7 @@ def round_trip(patient: Patient) -> str:
     """Texts come back from the tokenizer as they were; special tokens written out in a prompt are text."""
     task, tokenizer = patient.task, patient.agent.tokenizer
     for text in [*(row["prompt"] for row in patient.rows), *patient.rollout.completions]:
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = plain_ids(tokenizer, text, "text")
         back = task.decode([ids], alone=True)[0]
         if back != text:
             raise Fault(

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import check_penalty
+from .codec import plain_ids
 from .config import check
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
 from .policy import value_model
@@ -66,10 +67,7 @@ class Solution:
         if levels is None:
             raise ValueError(f"prompt must be one of the task's prompts(); got {prompt!r}")
         if isinstance(response, str):
-            try:
-                response = task.tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            except Exception as error:  # a toy vocabulary's tokenizer raises nothing more special
-                raise ValueError(f"response has text unknown to the tokenizer: {response!r} ({error})") from None
+            response = plain_ids(task.tokenizer, response, "response")
         check("response", response, isinstance(response, Iterable), "a text or token ids")
         ids = [int(token) for token in response]
         if task.eos_token_id in ids or len(ids) >= len(levels) or any(not 0 <= i < task.vocab_size for i in ids):

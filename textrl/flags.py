@@ -14,12 +14,10 @@ import warnings
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 
-from .disk import read_json
 from .registration import models_tokenizer, registered
 
 if TYPE_CHECKING:
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 KL_COEF = 0.1
 """The weight of the KL penalty in training to a reference for which none is given."""
-RUN, FINAL = "run.json", "final"
-"""In a run's folder: which agent, environment and seed it was; the agent at the end."""
 USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
 """What is raised where something that a user gave is wrong, or is not there."""
 
@@ -138,39 +134,6 @@ def check_env_id(id: str) -> str:
     if plain not in known:
         raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
     return plain
-
-
-def read_run(called: str, folder: Path) -> dict[str, Any]:
-    """What `run.json` in a run's folder says; `called` is the argument that the folder is.
-
-    Raises:
-        ValueError: where there is none, or it is of another kind.
-    """
-    try:
-        run: dict[str, Any] = read_json(folder / RUN)
-    except (OSError, ValueError) as error:
-        what = f"{str(folder)!r} has no {RUN}" if isinstance(error, OSError) else f"{str(folder / RUN)!r} is no JSON"
-        raise ValueError(f"{called} must be the --log-dir of a textrl train; {what}") from None
-    kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
-    whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
-    if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
-        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
-    return run
-
-
-def finished_run(called: str, folder: Path) -> dict[str, Any]:
-    """The same of a run that has ended: its agent lies in `folder / FINAL`.
-
-    Raises:
-        ValueError: for one that has not.
-    """
-    run = read_run(called, folder)
-    if not (folder / FINAL).is_dir():
-        raise ValueError(
-            f"run {str(folder)!r} has no agent in {folder / FINAL}: it did not end; textrl train --resume {folder} goes"
-            " on with it"
-        )
-    return run
 
 
 def whole(text: str) -> int:

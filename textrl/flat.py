@@ -103,11 +103,11 @@ class FlatGPT2(Flat):
         self.recompute = trunk.gradient_checkpointing
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings, and the positions' where the model learns them."""
+        """Token and position embeddings."""
         return _embedding(tokens, self.trunk.wte) + _embedding(positions, self.trunk.wpe)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """The turn of the rotary positions, where there are any."""
+        """None: positions are embedded."""
         return None
 
     def qkv(self, layer: int, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,17 +139,17 @@ class FlatLlama(Flat):
         self.recompute = trunk.gradient_checkpointing
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings, and the positions' where the model learns them."""
+        """Token embeddings."""
         return _embedding(tokens, self.trunk.embed_tokens)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """The turn of the rotary positions, where there are any."""
+        """The turn of the rotary positions."""
         turns = positions[:, None].float() * self.trunk.rotary_emb.inv_freq.float()  # (n, D / 2)
         turns = torch.cat([turns, turns], -1)[:, None]  # (n, 1, D)
         return turns.cos().to(dtype), turns.sin().to(dtype)
 
     def qkv(self, layer: int, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """The first norm and the projections."""
+        """The first norm, the projections and the turn."""
         assert angles is not None
         block = self.trunk.layers[layer]
         x = _rms_norm(x, block.input_layernorm)

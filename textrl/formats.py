@@ -13,6 +13,7 @@ from typing import Any
 from .scores import shorten
 
 Row = dict[str, Any]
+"""A row of a file; of a task one prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
 Found = Iterator[tuple[str, Row | ValueError]]
 """A place in the file ("line 3"), and the row there or the fault of it."""
 

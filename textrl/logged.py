@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import FINAL, check_env_id, finished_run, given_penalty, parse_env_args
+from .flags import check_env_id, given_penalty, parse_env_args
 from .render import escape
+from .trained import FINAL, finished_run, trained_agent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,6 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
     """
     from .policy import small_model
     from .stepping import base_env
-    from .trained import trained_agent
 
     if (options.folder is None) == (options.env is None):
         raise ValueError("either RUN or --env must be given, and not both; textrl envs lists the environments")

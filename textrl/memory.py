@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -57,6 +57,11 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         for key, number in report.items():
             out[key] = out.get(key, 0.0) + float(number) * share
     return out
+
+
+def mean_of(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over some steps, of which all have the same; at least one step."""
+    return {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
 
 
 def halving(

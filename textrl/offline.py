@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codec import plain_ids
 from .files import text_of
 from .rollout import Rollout, pad_responses
 from .scores import shorten
@@ -34,11 +35,7 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
     """
 
     def ids(text: str) -> list[int]:
-        try:
-            return list(task.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        except Exception as error:  # a tokenizer raises what it likes
-            what = "completion has text that the tokenizer does not know"
-            raise ValueError(f"{what}: {shorten(completion)} ({error})") from None
+        return plain_ids(task.tokenizer, text, "completion", shown=completion)
 
     first = task.encode({"prompt": prompt}).tolist()
     if task.special_tokens:
@@ -159,11 +156,3 @@ class Epochs:
 def digest(data: Any) -> str:
     """By which two sets of data of numbers and texts are told apart."""
     return hashlib.sha256(repr(data).encode()).hexdigest()
-
-
-def prompt_groups(rollout: Rollout) -> Tensor:
-    """Which prompt each episode has, by its tokens: (B,) int64, the same number for the same prompt."""
-    numbers: dict[tuple[int, ...], int] = {}
-    tokens, lengths = rollout.tokens.tolist(), rollout.prompt_lengths.tolist()
-    found = [numbers.setdefault(tuple(row[:n]), len(numbers)) for row, n in zip(tokens, lengths, strict=True)]
-    return torch.tensor(found, device=rollout.tokens.device)

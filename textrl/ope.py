@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .acting import evaluated_policy
 from .agent import Agent, AnyEnv, base_env, check
 from .episodes import as_episodes, check_whole
 from .logprobs import NEVER
-from .policy import CausalPolicy, load_model
+from .policy import CausalPolicy
 from .returns import discounted_returns
 from .rollout import Rollout, batched_logprobs, masks_along, microbatches
 
@@ -120,9 +121,7 @@ def ope(
     """
     check("confidence", confidence, 0 < confidence < 1, "above 0 and below 1")
     base = base_env(env)
-    lm = model.model if isinstance(model, Agent) else load_model(model, base.task.tokenizer)
-    narrow = model.narrow if isinstance(model, Agent) and model.narrows else None
-    policy = CausalPolicy(lm, base.task.vocab_size, base.temperature)
+    policy, narrow = evaluated_policy(model, base)
     logged = as_episodes(dataset, base.task, policy.device)
     logged = replace(logged, allowed=masks_along(base.task, logged, narrow))  # those of the policy, whoever was logged
     check_whole(logged)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .task import FAULT
-
-if TYPE_CHECKING:
-    from .task import Row, Task
+from .task import FAULT, Row, Task
 
 REMEMBERED = 2**16
 """A task with at most so many pairs of row and response has its outcomes remembered."""
 
-Episodes = Callable[[NDArray[np.intp]], tuple[list["Row"], list[list[int]]]]
+Episodes = Callable[[NDArray[np.intp]], tuple[list[Row], list[list[int]]]]
 """Indices of environments -> their rows and responses."""
 
 
@@ -32,6 +29,8 @@ class Outcomes:
         num_envs: N.
         num_rows: how many rows the task draws evenly from; None for a task with a `sample` of its own.
     """
+
+    not_saved: ClassVar = ("_where", "_last", "_columns")  # what the task said, and says again when it is asked
 
     def __init__(self, task: Task, num_envs: int, num_rows: int | None) -> None:
         self._task, self._num_envs = task, num_envs

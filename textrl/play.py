@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import gymnasium as gym
 
+from .codec import plain_ids
 from .config import check
-from .flags import FINAL, check_env_id, finished_run, given_penalty, nearest, parse_env_args
+from .flags import check_env_id, given_penalty, nearest, parse_env_args
 from .render import token_texts
+from .trained import FINAL, finished_run, trained_agent
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -71,7 +73,6 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     """The environment to play in, with the policy and its values attached, and the agent that has them."""
     from .agent import Agent
     from .critic import state_values
-    from .trained import trained_agent
 
     check("--model", options.model, options.model is None or options.folder is None, "left out with --run")
     run = None if options.folder is None else finished_run("--run", Path(options.folder))
@@ -213,8 +214,8 @@ class Session:
         if self.final is not None:
             raise ValueError("the episode has ended: /new, /restart or /back")
         try:
-            ids = list(self.task.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        except Exception:  # a tokenizer raises what it likes
+            ids = plain_ids(self.task.tokenizer, text, "text")
+        except ValueError:
             ids = []
         if not ids:
             pieces = token_texts(self.task, range(self.task.vocab_size)) if self.task.vocab_size <= 1000 else []

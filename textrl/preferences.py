@@ -126,11 +126,6 @@ def read_pairs(
     return Rows([others[i] | texts[i] for i in keep], places, table.source, skip_bad_rows, table.strict)
 
 
-def count_duplicates(pairs: Dataset) -> int:
-    """How many rows repeat an earlier row's prompt, chosen and rejected."""
-    return len(pairs) - len(set(zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)))
-
-
 def _load(data: Any, split: str, skip: bool) -> Rows:
     from datasets import Dataset, DatasetDict, load_from_disk
 

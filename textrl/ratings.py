@@ -54,45 +54,6 @@ def load_ratings(
     return Dataset.from_list([row for source in dict.fromkeys(sources) for row in _rows(source, folder)])
 
 
-def rating_pairs(ratings: Dataset, gap: float, n: int, seed: int = 0) -> Dataset:
-    """Draw preference pairs: two sentences from the same source whose means differ by at least `gap`.
-
-    Every such pair is equally likely and none is drawn twice.
-
-    Args:
-        ratings: rows of `load_ratings`.
-        gap: least difference of the means, above 0.
-        n: number of pairs.
-        seed: the same seed gives the same pairs.
-
-    Returns:
-        Columns prompt (empty), chosen, rejected (str), chosen_mean, rejected_mean (float), chosen_ratings,
-        rejected_ratings (list of int).
-
-    Raises:
-        ValueError: `gap` is not positive, or there are fewer than `n` pairs.
-    """
-    if gap <= 0:
-        raise ValueError(f"gap is {gap}; it must be above 0")
-    mean = np.asarray(ratings["mean"], dtype=np.float64)  # (N,)
-    source = np.unique(np.asarray(ratings["source"]), return_inverse=True)[1]
-    # Means lie in [-4, 4]: with 100 between two sources, one sorted array serves all of them.
-    key = mean + 100.0 * source
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    # Row i may be rejected for any of the rows from first[i] up to the end of its source.
-    first = np.searchsorted(key, key + gap - 1e-9)
-    count = np.searchsorted(key, 100.0 * source[order] + 50.0) - first
-    upto = np.cumsum(count)
-    total = int(upto[-1]) if len(upto) else 0
-    if not 0 < n <= total:
-        raise ValueError(f"n is {n}; with gap {gap} it must be from 1 to {total}, the number of pairs there are")
-    drawn = np.asarray(random.Random(seed).sample(range(total), n))
-    worse = np.searchsorted(upto, drawn, side="right")
-    better = first[worse] + drawn - (upto - count)[worse]
-    return _pairs(ratings, order[better], order[worse])
-
-
 def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0) -> Dataset:
     """All pairs among a few sentences at a time: more comparisons for each sentence that is read.
 
@@ -106,7 +67,8 @@ def rating_groups(ratings: Dataset, gap: float, n: int, size: int, seed: int = 0
         seed: the same seed gives the same groups.
 
     Returns:
-        The columns of `rating_pairs`, and group (int).
+        Columns prompt (empty), chosen, rejected (str), chosen_mean, rejected_mean (float), chosen_ratings,
+        rejected_ratings (list of int), group (int).
 
     Raises:
         ValueError: `gap` is not positive, `size` is below 2, or there is no group or no pair.
@@ -162,7 +124,7 @@ def human_ceiling(pairs: Dataset, seed: int = 0) -> float:
     by means that include the drawn rater, which favours the person very slightly.
 
     Args:
-        pairs: rows of `rating_pairs`.
+        pairs: rows of `rating_groups`.
         seed: of the drawn raters.
 
     Returns:

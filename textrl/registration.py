@@ -37,12 +37,11 @@ BUILT_IN = {
 """Adding an environment is one file in envs/ and one line here."""
 
 
-class UnknownArgument(TypeError, ValueError):
-    """A task was given an argument it does not take; a `TypeError` too, because clients probe for arguments so."""
-
-
 class BadArgument(TypeError, ValueError):
-    """A task was given an argument of the wrong type."""
+    """A task was given an argument that it does not take, or of the wrong type.
+
+    A `TypeError` too, because clients probe for arguments so.
+    """
 
 
 _registered: dict[str, str | type[Task]] = {}
@@ -117,15 +116,15 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
     """An instance of a task.
 
     Raises:
-        UnknownArgument: for an argument its constructor does not take, naming those it does.
-        ValueError: for an argument of the wrong type.
+        BadArgument: (a ValueError) for an argument its constructor does not take, naming those it does, or of the
+            wrong type.
     """
     cls = task_class(task)
     parameters = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in kwargs:
             if name not in parameters:
-                raise UnknownArgument(
+                raise BadArgument(
                     f"{cls.__name__} got an unexpected keyword argument '{name}'; there are {list(parameters)}"
                 )
     for name, value in kwargs.items():

@@ -108,16 +108,14 @@ def token_texts(task: Task, tokens: Sequence[int]) -> list[str]:
 
 def escape(text: str) -> str:
     """The text with every control, format, line-breaking and unassigned character written out: none moves a cursor."""
-    return "".join(_written_out(c) if unicodedata.category(c) in CONTROLS else c for c in text)
+    return "".join(
+        c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in CONTROLS else c for c in text
+    )
 
 
 def one_line(message: object) -> str:
     """A message without line breaks and without control characters that a file or a model may have put there."""
     return escape(" ".join(str(message).split()))
-
-
-def _written_out(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def colour(shade: float, meaning: str) -> tuple[int, int, int]:

@@ -142,7 +142,7 @@ class _Training:
         """What must be the same for a training to go on."""
         content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        config = dataclasses.asdict(self.config)
         return {"agent": SCORER_IN_TRAINING, "config": config, "options": self.reward_model.options, "pairs": digest}
 
     def save(self, folder: Path) -> None:
@@ -150,8 +150,8 @@ class _Training:
         with whole_folder(folder, scorer=True) as part:
             self.reward_model.write(part)
             tensors: state.Tensors = {}
-            content = {"progress": dataclasses.asdict(self.now), "optimizer": state.pack(self.optimizer, tensors)}
-            content["progress"] = state.pack(content["progress"], tensors)
+            told = {"optimizer": self.optimizer, "progress": dataclasses.asdict(self.now)}
+            content = {name: state.pack(each, tensors) for name, each in told.items()}
             checkpoint.save_state(part, content, tensors)
             write_manifest(part, self.facts())
 

@@ -30,8 +30,16 @@ Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 """observations (N, L) -> an agent's own action masks (N, V)."""
 
 
-def both_masks(advised: NDArray[np.bool_] | None, own: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The tokens in the task's mask and in the agent's own, (N, V); the task's where they have none in common."""
+def both_masks(
+    advised: NDArray[np.bool_] | None, narrow: Narrow | None, observations: NDArray[np.int64]
+) -> NDArray[np.bool_] | None:
+    """The tokens in the task's mask and in the agent's own, (N, V), at observations (N, L); None: all tokens.
+
+    Where the two have none in common, those of the task.
+    """
+    if narrow is None:
+        return advised
+    own = narrow(observations)
     if advised is None:
         return own
     both = advised.astype(np.bool_) & own
@@ -62,10 +70,9 @@ def allowed_after(
         return mask
 
     def allowed(responses: NDArray[np.int64]) -> NDArray[np.bool_]:
-        mask = advised(responses) if task.masked else None
         if narrow is not None:
             np.put_along_axis(observations, columns, responses, 1)
-            mask = both_masks(mask, narrow(observations))
+        mask = both_masks(advised(responses) if task.masked else None, narrow, observations)
         assert mask is not None
         if seen is not None:
             seen.append(mask)

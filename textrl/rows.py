@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .task import Row, Task
+from .task import Row, Task
 
 BLOCK = 64
 """Rows are drawn this many at a time: much quicker than one by one."""
@@ -25,6 +24,8 @@ class RowStream:
         task: whose rows.
         seed: fixes the stream; kept apart from the one that `action_space.seed(seed)` gives.
     """
+
+    not_saved: ClassVar = ("_rows",)  # the task's
 
     def __init__(self, task: Task, seed: int) -> None:
         self._task = task
@@ -54,6 +55,8 @@ class RowStreams:
         seeds: N.
         width: L, of an observation.
     """
+
+    not_saved: ClassVar = ("_table",)  # the task's rows, laid out
 
     def __init__(self, task: Task, seeds: Iterable[int], width: int) -> None:
         self._task, self._width = task, width
@@ -115,6 +118,4 @@ class RowStreams:
 
 def even_rows(task: Task) -> list[Row] | None:
     """The rows of a task that draws evenly from `prompts()`, or None for one that has its own `sample`."""
-    from .task import Task
-
     return task.rows if type(task).sample is Task.sample else None

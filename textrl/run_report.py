@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .files import InputError
-from .flags import FINAL, RUN, USER_ERRORS, read_run
+from .flags import USER_ERRORS
 from .folders import CheckpointError, read_manifest
 from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
 from .policy import few_threads
 from .render import escape
 from .report import PAGE, Section, curves, settings, write_report
 from .runs import BEST, Checkpoints
-from .trained import trained_agent
+from .trained import FINAL, RUN, read_run, trained_agent
 
 SHOWN = 8
 """Responses on the page."""

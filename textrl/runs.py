@@ -60,13 +60,10 @@ class Checkpoints:
         names = [each.name.removeprefix("step-") for each in self.folder.glob("step-*")]
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
-    def go_on(self, restore: Callable[[Path], None]) -> Path | None:
-        """Restores the newest checkpoint that is whole.
+    def go_on(self, restore: Callable[[Path], None]) -> None:
+        """Restores the newest checkpoint that is whole, if there is one.
 
         Those that are damaged are named on stderr; they and leftovers of a run that was killed are removed.
-
-        Returns:
-            the checkpoint, or None where there is none.
         """
         for leftover in self.folder.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -74,11 +71,10 @@ class Checkpoints:
             folder = self.path(step)
             try:
                 restore(folder)
-                return folder
+                return
             except CheckpointError as error:
                 sys.stderr.write(f"textrl: {error}; going on from the checkpoint before it\n")
                 self._remove(folder)
-        return None
 
     def clear(self) -> None:
         """Removes all of them: what they were for is done."""

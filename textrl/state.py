@@ -32,9 +32,8 @@ from .task import Task
 from .texts import Texts
 
 PARTS = (AdaptiveKL, Epochs, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
-"""Objects that are packed attribute by attribute, and restored into those that stand in their place."""
-TASK_DATA = ("_rows", "_table", "_where", "_last", "_columns")
-"""Attributes of such an object that come from the task."""
+"""Objects that are packed attribute by attribute, and restored into those that stand in their place; without those
+that their class calls `not_saved`, which come from the task."""
 Tensors = dict[str, Tensor]
 
 
@@ -82,7 +81,7 @@ def _pack_object(value: Any, tensors: Tensors) -> Any:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"rollout": pack(fields, tensors)}
     if isinstance(value, PARTS):
-        return {"part": pack_attributes(value, tensors, TASK_DATA)}
+        return {"part": pack_attributes(value, tensors, getattr(type(value), "not_saved", ()))}
     if isinstance(value, gym.Space):
         return {"space": pack(value._np_random, tensors)}
     if isinstance(value, Stateful):

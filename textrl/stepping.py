@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .asking import AllDropped
+from .drawing import Sampling, draw
 from .env import TextEnv
 from .generation import NotFinite
 from .penalty import Policy
@@ -23,9 +24,9 @@ from .rollout import Narrow, Rollout, both_masks, pad_responses
 from .scores import about
 from .task import FAULT, Row, Task
 from .vector import TextVectorEnv
+from .wrappers import AnyEnv as AnyEnv
 from .wrappers import KLPenalty, VectorKLPenalty
 
-AnyEnv = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any]
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
 """observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
 
@@ -49,6 +50,31 @@ def is_bare(env: AnyEnv) -> bool:
     while isinstance(env, (gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing)):
         env = env.env
     return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
+
+
+def actor(
+    env: AnyEnv, policy: Policy, temperature: float, generator: torch.Generator, narrow: Narrow | None = None
+) -> Act:
+    """Draws from a policy's logits, inside the action masks of environment and agent where there are any."""
+    base = base_env(env)
+
+    def act(
+        observations: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
+        masks = both_masks(action_masks(env) if base.task.masked else None, narrow, observations)
+        tokens, logprobs = draw_inside(policy(observations), masks, Sampling(temperature), generator)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
+
+    return act
+
+
+def draw_inside(
+    logits: Tensor, masks: NDArray[np.bool_] | None, sampling: Sampling, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One token a row inside the masks (N, V), and its log-probability: (N, V) -> (N,) twice."""
+    uniforms = torch.rand(len(logits), generator=generator).to(logits.device)
+    forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
+    return draw(logits, uniforms, sampling, forbidden)
 
 
 def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
@@ -80,9 +106,7 @@ def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[flo
     def inside(observations: NDArray[np.int64]) -> Tensor:
         """What tokens are drawn from: inside the masks that hold now."""
         logits: Tensor = policy(observations)
-        masks = np.atleast_2d(base.action_masks()) if base.task.masked else None
-        if narrow is not None:
-            masks = both_masks(masks, narrow(observations))
+        masks = both_masks(np.atleast_2d(base.action_masks()) if base.task.masked else None, narrow, observations)
         return logits if masks is None else logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
 
     before, base.policy = base.policy, inside
@@ -155,7 +179,7 @@ class _Episode:
 
 
 def collect_stepped(
-    env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any],
+    env: AnyEnv,
     task: Task,
     act: Act,
     batch_size: int,

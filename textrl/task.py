@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .asking import Asking, ask
 from .codec import Codec
 from .config import check, check_type, is_count
+from .formats import Row as Row
 from .scores import Scores
 from .scores import call_score as call_score
 from .scores import shorten as shorten
@@ -18,9 +19,6 @@ from .symbols import symbol_tokenizer as symbol_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Row = dict[str, Any]
-"""One prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
 OF_A_STEP = ("ref_logprob", "kl", "action_mask", "score_fault", "final_obs", "final_info", "episode")

@@ -15,18 +15,16 @@ from .config import as_path, check, make_config
 from .disk import could_be_folder, write_json
 from .files import is_file_name
 from .flags import (
-    FINAL,
-    RUN,
     agent_class,
     check_env_id,
     own_tokenizer,
     parse_config,
     parse_env_args,
-    read_run,
     training_penalty,
     whole,
 )
 from .render import one_line
+from .trained import FINAL, RUN, read_run
 
 if TYPE_CHECKING:
     from .agent import Agent

@@ -1,15 +1,53 @@
-"""An agent that a `textrl train` left in its folder."""
+"""What a `textrl train` left in its folder: what it was told, and its agent."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .agent import Agent
+from .disk import read_json
 from .flags import agent_class, check_env_id
-from .folders import verify
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+RUN, FINAL = "run.json", "final"
+"""In a run's folder: which agent, environment and seed it was; the agent at the end."""
+
+
+def read_run(called: str, folder: Path) -> dict[str, Any]:
+    """What `run.json` in a run's folder says; `called` is the argument that the folder is.
+
+    Raises:
+        ValueError: where there is none, or it is of another kind.
+    """
+    try:
+        run: dict[str, Any] = read_json(folder / RUN)
+    except (OSError, ValueError) as error:
+        what = f"{str(folder)!r} has no {RUN}" if isinstance(error, OSError) else f"{str(folder / RUN)!r} is no JSON"
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {what}") from None
+    kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
+    whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
+    if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder / RUN)!r} is of another kind")
+    return run
+
+
+def finished_run(called: str, folder: Path) -> dict[str, Any]:
+    """The same of a run that has ended: its agent lies in `folder / FINAL`.
+
+    Raises:
+        ValueError: for one that has not.
+    """
+    run = read_run(called, folder)
+    if not (folder / FINAL).is_dir():
+        raise ValueError(
+            f"run {str(folder)!r} has no agent in {folder / FINAL}: it did not end; textrl train --resume {folder} goes"
+            " on with it"
+        )
+    return run
 
 
 def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
@@ -21,12 +59,13 @@ def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = Fa
         seed: of prompts and samples.
         critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
     """
+    from .agent import Agent
+    from .checkpoint import manifest_of
+
     cls = agent_class(run["agent"])
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
-    manifest = verify(final)
+    manifest = manifest_of(cls, final)
     own = cls.narrow is not Agent.narrow or cls.respond is not Agent.respond
     if own or (critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"])):
         return cls.load(final, env, seed=seed)
-    if manifest["agent"] != cls.__name__:
-        raise ValueError(f"folder {str(final)!r} holds a {manifest['agent']}, not a {cls.__name__}")
     return Agent(env, str(final), seed=seed, dtype=manifest["config"]["dtype"])
