@@ -227,7 +227,7 @@ class PPO(Agent):
     def _of_state(self, hidden: Tensor) -> Tensor:
         """The shared critic's values of the trunk's states: (n, d) -> (n,)."""
         assert self.value_head is not None
-        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
+        return self.value_head(hidden.float())[:, 0]
 
     def _step(self, batch: Rollout) -> dict[str, float]:
         """One step of the policy, and of a separate critic after it: memory never holds the gradients of both."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +135,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted.add_adapter(config)
-    return learn_adapter(adapted).eval()  # type: ignore[no-any-return]  # no dropout in the new layers
+    return learn_adapter(adapted).eval()  # no dropout in the new layers
 
 
 def _check_kind(config: PeftConfig) -> None:
@@ -188,7 +187,7 @@ def new_scalar(config: PreTrainedConfig) -> PreTrainedModel:
         ValueError: for an architecture of which transformers has none.
     """
     try:
-        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+        return AutoModelForSequenceClassification.from_config(config)
     except ValueError:
         pass
     raise ValueError(
@@ -216,7 +215,7 @@ def adapted_critic(policy: PreTrainedModel, start: PreTrainedModel) -> PreTraine
     scalar.score = head
     scalar._hf_peft_config_loaded, scalar.peft_config = True, trunk_owner.peft_config
     learn_adapter(scalar).score.requires_grad_(True)
-    return scalar.eval()  # type: ignore[no-any-return]
+    return scalar.eval()
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
@@ -305,31 +304,6 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     found = import_peft().set_peft_model_state_dict(model, weights)
     if found.unexpected_keys:
         raise ValueError(f"{str(folder)!r} holds the adapter of another model: {found.unexpected_keys[:3]}")
-
-
-def load_own_weights(module: nn.Module, file: Path, policy: nn.Module) -> None:
-    """Puts back what `own_weights` gave; of what the policy holds too, the module has a copy of its own from now on."""
-    weights, held = load_file(file), {parameter.data_ptr() for parameter in policy.parameters()}
-    for name, parameter in list(module.named_parameters()):
-        if name in weights and parameter.data_ptr() in held:
-            owner, _, leaf = name.rpartition(".")
-            copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            setattr(module.get_submodule(owner), leaf, copied)
-    put_back(module, weights, file)
-
-
-def put_back(module: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Loads weights into a module that may hold others of its own, tied or shared.
-
-    Raises:
-        ValueError: where they are those of another model.
-    """
-    try:
-        wrong = module.load_state_dict(weights, strict=False).unexpected_keys
-    except RuntimeError as error:  # a line for each weight of another shape, below one that says so
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
-    if wrong or not weights:
-        raise ValueError(f"{str(where)!r} holds the weights of another model ({', '.join(wrong[:1]) or 'none'})")
 
 
 def own_weights(module: nn.Module, policy: nn.Module) -> dict[str, Tensor]:

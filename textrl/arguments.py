@@ -66,7 +66,7 @@ def chosen_row(options: dict[str, Any] | None, task: Task) -> Row | None:
     row = options.get("row", {"prompt": options["prompt"]} if "prompt" in options else None)
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):  # what is wrong with others is said later
         return {**task.row_of(row["prompt"]), **row}
-    return row  # type: ignore[no-any-return]
+    return row
 
 
 def check_action(action: Any, vocab_size: int) -> int:

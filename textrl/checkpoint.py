@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import state
-from .adapters import BASE, has_adapter, load_adapter_weights, load_own_weights, own_weights, put_back, save_adapter
+from .adapters import BASE, has_adapter, load_adapter_weights, own_weights, save_adapter
 from .config import check
 from .folders import MANIFEST as MANIFEST
 from .folders import CheckpointError as CheckpointError
@@ -51,6 +51,31 @@ def load_module(module: nn.Module, folder: Path, name: str) -> None:
         )
     files = [*where.glob("model.safetensors"), *where.glob("model-*-of-*.safetensors")] if whole else [where]
     put_back(module, {key: weight for file in files for key, weight in load_file(file).items()}, where)
+
+
+def load_own_weights(module: nn.Module, file: Path, policy: nn.Module) -> None:
+    """Puts back what `own_weights` gave; of what the policy holds too, the module has a copy of its own from now on."""
+    weights, held = load_file(file), {parameter.data_ptr() for parameter in policy.parameters()}
+    for name, parameter in list(module.named_parameters()):
+        if name in weights and parameter.data_ptr() in held:
+            owner, _, leaf = name.rpartition(".")
+            copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(module.get_submodule(owner), leaf, copied)
+    put_back(module, weights, file)
+
+
+def put_back(module: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Loads weights into a module that may hold others of its own, tied or shared.
+
+    Raises:
+        ValueError: where they are those of another model.
+    """
+    try:
+        wrong = module.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:  # a line for each weight of another shape, below one that says so
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+    if wrong or not weights:
+        raise ValueError(f"{str(where)!r} holds the weights of another model ({', '.join(wrong[:1]) or 'none'})")
 
 
 def save_state(folder: Path, content: Any, tensors: state.Tensors) -> None:
@@ -142,7 +167,7 @@ def manifest_of(cls: type[Agent], folder: Path) -> dict[str, Any]:
 def _settings(agent: Agent) -> dict[str, Any]:
     """The settings in force, as JSON holds them."""
     settings = {**dataclasses.asdict(agent.config), "learning_rate": agent.learning_rate}
-    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(settings))
 
 
 def _restore(agent: Agent, folder: Path, manifest: Mapping[str, Any], new_settings: bool) -> None:

@@ -211,7 +211,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         return float(paid[0])
 
     def _response(self) -> list[int]:
-        return self._tokens[self._prompt_length : self._length].tolist()  # type: ignore[no-any-return]
+        return self._tokens[self._prompt_length : self._length].tolist()
 
     def _token_score(self) -> float:
         """The reward of the token just written, where the score gives one for every token; else 0. NaN if it failed."""
@@ -226,7 +226,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             return np.ones(self.task.vocab_size, dtype=np.bool_)
         responses = self._blank[None, : self.task.max_new_tokens].copy()  # (1, T)
         responses[0, : self._length - self._prompt_length] = self._tokens[self._prompt_length : self._length]
-        return self.task.masks([self._row], responses)[0]  # type: ignore[no-any-return]
+        return self.task.masks([self._row], responses)[0]
 
     def _mask_info(self) -> Info:
         return {"action_mask": self.action_masks().astype(np.int8)}

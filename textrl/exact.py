@@ -244,7 +244,7 @@ def exact_critic(
             texts = torch.from_numpy(prefixes(task, tree.prompt, t))
             where = scorer.tree(texts).last_hidden_state[:, -1, 0]
             scorer.score.weight[where, 0] = (score - kl_coef * kl).float()
-    return scorer  # type: ignore[no-any-return]
+    return scorer
 
 
 # ---- the recursions ------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
     """In float32, rounded before the weight is multiplied in, as the model does."""
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * scaled.to(x.dtype)  # type: ignore[no-any-return]
+    return norm.weight * scaled.to(x.dtype)
 
 
 def _turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ class OwnHead(nn.Module):
         view: Any = self.__dict__["view"]
         view._modules[view.base_model_prefix].states = states[None]
         placeholder = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        return view(input_ids=placeholder).logits[0]  # type: ignore[no-any-return]
+        return view(input_ids=placeholder).logits[0]
 
 
 class _Given(nn.Module):
@@ -45,7 +45,7 @@ class _Given(nn.Module):
         return _States(last_hidden_state=self.states)
 
 
-class _States(BaseModelOutputWithPast):  # type: ignore[misc]
+class _States(BaseModelOutputWithPast):
     """Last states, and None for whatever else a trunk may have to say."""
 
     def __getattr__(self, name: str) -> None:
@@ -64,7 +64,7 @@ def head_of(model: PreTrainedModel) -> nn.Module | None:
     kind = _kind(model)
     if kind is None:
         return None
-    return model.get_output_embeddings() if kind == "plain" else OwnHead(model)  # type: ignore[no-any-return]
+    return model.get_output_embeddings() if kind == "plain" else OwnHead(model)
 
 
 @once

@@ -171,7 +171,7 @@ class RunLog:
 
             Path(log_dir).mkdir(parents=True, exist_ok=True)
             self.file = ProgressFile(Path(log_dir) / PROGRESS, after)
-            self.board = SummaryWriter(str(log_dir), purge_step=timesteps + 1 if after else None)  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(log_dir), purge_step=timesteps + 1 if after else None)
         self.progress: Progress | None = None
         if progress_bar:
             self.progress = Progress(
@@ -199,7 +199,7 @@ class RunLog:
         """Closes the files and the bar, whatever happened."""
         if self.file is not None and self.board is not None:
             self.file.close()
-            self.board.close()  # type: ignore[no-untyped-call]
+            self.board.close()
         if self.progress is not None:
             self.progress.stop()
 
@@ -216,8 +216,8 @@ class RunLog:
             numbers = {key: value for key, value in metrics.items() if not key.startswith("time/")}
             self.file.write({ITERATION: iteration, TIMESTEPS: timesteps, **numbers})
             for key, value in {ITERATION: iteration, **metrics}.items():
-                self.board.add_scalar(key, value, timesteps)  # type: ignore[no-untyped-call]
-            self.board.flush()  # type: ignore[no-untyped-call]
+                self.board.add_scalar(key, value, timesteps)
+            self.board.flush()
         if self.progress is not None:
             if self.header is None:
                 self.header = [name for name, key in COLUMNS.items() if key in metrics]

@@ -157,7 +157,7 @@ def token_logprobs(
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = backward and 4 * len(targets) * len(weight) <= budget(weight.device)[1]
     arguments = (hidden, weight, targets, allowed, temperature, entropy, keep)
-    return function_for(hidden, weight).apply(*arguments)  # type: ignore[no-any-return]
+    return function_for(hidden, weight).apply(*arguments)
 
 
 def function_for(hidden: Tensor, weight: Tensor) -> Any:

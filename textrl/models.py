@@ -182,7 +182,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTr
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{called} {name!r} holds no causal language model ({first})") from None
     check_whole(name, report)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def longest_text(model: PreTrainedModel) -> int:

@@ -108,7 +108,7 @@ class Optimizer:
     @property
     def learning_rate(self) -> float:
         """The step size; may be set between steps (a schedule)."""
-        return self.adams[0].param_groups[0]["lr"]  # type: ignore[no-any-return]
+        return self.adams[0].param_groups[0]["lr"]
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:

@@ -83,7 +83,7 @@ def policy_logits(policy: Policy, observations: NDArray[np.int64], vocab_size: i
     except (TypeError, ValueError, RuntimeError):
         fine = False
     check("policy", logits, fine, f"a function that gives logits ({len(observations)}, {vocab_size})")
-    return logits[:, :vocab_size]  # type: ignore[no-any-return]
+    return logits[:, :vocab_size]
 
 
 def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: float) -> NDArray[np.float32]:
@@ -92,4 +92,4 @@ def chosen_logprobs(logits: Tensor | NDArray[Any], tokens: Any, temperature: flo
 
     scaled = torch.as_tensor(logits).detach().float() / temperature  # (B, V)
     chosen = torch.as_tensor(np.asarray(tokens), device=scaled.device)[:, None]
-    return scaled.log_softmax(-1).gather(-1, chosen)[:, 0].cpu().numpy()  # type: ignore[no-any-return]
+    return scaled.log_softmax(-1).gather(-1, chosen)[:, 0].cpu().numpy()

@@ -62,7 +62,7 @@ class CausalPolicy:
         what the `frozen_blocks` made of the tokens, where that is known.
         """
         if head_of(self.model) is None:
-            return self.model(input_ids=tokens, **{**unremembered(self.model), **forward}).logits[rows, columns]  # type: ignore[no-any-return]
+            return self.model(input_ids=tokens, **{**unremembered(self.model), **forward}).logits[rows, columns]
         first = self.frozen_blocks if below is not None else 0
         flat = flat_of(self.model) if len(rows) and not forward else None
         if flat is not None:
@@ -70,13 +70,13 @@ class CausalPolicy:
         if below is not None and first:
             return states_above(self.model, below, first)[rows, columns]
         states = self.model.base_model(input_ids=tokens, **{**unremembered(self.model), **forward}).last_hidden_state
-        return states[rows, columns]  # type: ignore[no-any-return]
+        return states[rows, columns]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, not yet divided by the temperature: (n, d) -> (n, V)."""
         head = head_of(self.model)
         logits = hidden if head is None else head(hidden)
-        return logits[..., : self.vocab_size].float()  # type: ignore[no-any-return]
+        return logits[..., : self.vocab_size].float()
 
     def sampler(self) -> Callable[[Tensor], Tensor]:
         """Logits for many calls without gradients while the weights stay: (n, d) -> (n, V or more), of any dtype.
@@ -169,4 +169,4 @@ def values_at(
     if type(head) is nn.Linear and not touched(head):  # in float32: below it, neighbouring scores would round to one
         bias = None if head.bias is None else head.bias.float()
         return nn.functional.linear(chosen.float(), head.weight.float(), bias)[..., 0]
-    return head(chosen)[..., 0].float()  # type: ignore[no-any-return]
+    return head(chosen)[..., 0].float()

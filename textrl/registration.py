@@ -109,7 +109,7 @@ def task_class(task: type[Task] | str) -> type[Task]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"task {task!r} cannot be imported: {error}") from None
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def make_task(task: type[Task] | str, **kwargs: Any) -> Task:

@@ -126,7 +126,7 @@ class RewardModel:
         """Scores, normalised, in the calling convention of `Task.score`."""
         with torch.no_grad():
             scalars = self.scalars(_joined(prompts, completions))
-        return ((scalars - self.mean) / self.std).tolist()  # type: ignore[no-any-return]
+        return ((scalars - self.mean) / self.std).tolist()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with the begin and the end token."""
@@ -219,7 +219,7 @@ def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callabl
     Raises:
         ValueError: for anything else.
     """
-    rewards = [tuple(each) if isinstance(each, Sequence) else each for each in _listed(rewards)]  # type: ignore[misc]
+    rewards = [tuple(each) if isinstance(each, Sequence) else each for each in _listed(rewards)]
     for i, each in enumerate(rewards):
         fine = isinstance(each, tuple) and len(each) == 2 and callable(each[0])
         fine = fine and isinstance(each[1], numbers.Real) and math.isfinite(each[1])
@@ -234,6 +234,6 @@ def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callabl
             )
             check(f"what rewards[{i}] returns", given, len(scores) == len(total), f"a list of {len(total)} numbers")
             total += weight * np.array([0.0 if one is None else float(one) for one in scores])
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     return score

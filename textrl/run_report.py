@@ -131,7 +131,7 @@ def settings_in_force(saved: Sequence[Path], run: Mapping[str, Any] | None) -> d
         out |= {f"env: {name}": value for name, value in run["env_kwargs"].items()} | run["config"]
     for place in saved:
         try:
-            return out | read_manifest(place)["config"]  # type: ignore[no-any-return]
+            return out | read_manifest(place)["config"]
         except CheckpointError:
             continue
     return out

@@ -159,7 +159,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         return tokens, torch.arange(len(obs), device=obs.device), lengths - 1
 
     def _distribution(self, tokens: Tensor, rows: Tensor, columns: Tensor) -> Distribution:
-        policy = CausalPolicy(self.language_model, self.vocab_size, self.temperature)  # type: ignore[arg-type]
+        policy = CausalPolicy(self.language_model, self.vocab_size, self.temperature)
         logits = policy.logits(policy.hidden(tokens, rows, columns)) / self.temperature  # (B, V)
         assert isinstance(self.action_dist, CategoricalDistribution)
         return self.action_dist.proba_distribution(action_logits=logits)
@@ -170,21 +170,21 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     def predict_values(self, obs: Any) -> Tensor:
         """The critic's values, (B, 1)."""
-        return values_at(self.critic, *self._read(obs))[:, None]  # type: ignore[arg-type]
+        return values_at(self.critic, *self._read(obs))[:, None]
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Observations (B, L) -> actions (B,), values (B, 1), log-probabilities (B,)."""
         read = self._read(obs)
         distribution = self._distribution(*read)
         actions = distribution.get_actions(deterministic=deterministic)
-        values = values_at(self.critic, *read)[:, None]  # type: ignore[arg-type]
+        values = values_at(self.critic, *read)[:, None]
         return actions, values, distribution.log_prob(actions)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values (B, 1), log-probabilities (B,) and entropies (B,) of actions (B,) at observations (B, L)."""
         read = self._read(obs)
         distribution = self._distribution(*read)
-        values = values_at(self.critic, *read)[:, None]  # type: ignore[arg-type]
+        values = values_at(self.critic, *read)[:, None]
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

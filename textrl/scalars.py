@@ -47,7 +47,7 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    return scalar  # type: ignore[no-any-return]
+    return scalar
 
 
 def load_scalar(folder: str | Path) -> PreTrainedModel:
@@ -56,4 +56,4 @@ def load_scalar(folder: str | Path) -> PreTrainedModel:
     settings: Any = {"dtype": "auto", "num_labels": 1, "output_loading_info": True}
     found, report = AutoModelForSequenceClassification.from_pretrained(str(folder), **settings)
     check_whole(str(folder), report)
-    return found  # type: ignore[no-any-return]
+    return found

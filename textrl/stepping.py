@@ -83,7 +83,7 @@ def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
     if isinstance(inner, gym.vector.SyncVectorEnv):
         return np.stack([each.get_wrapper_attr("action_masks")() for each in inner.envs])
     asked = env.get_wrapper_attr("action_masks") if isinstance(env, gym.Env) else inner.action_masks
-    return np.atleast_2d(asked())  # type: ignore[no-any-return]
+    return np.atleast_2d(asked())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ UNKNOWN, ROOT = 0, 1
 MAX_PREFIXES = 2**24
 
 
-class TabularConfig(PretrainedConfig):  # type: ignore[misc]
+class TabularConfig(PretrainedConfig):
     """Sizes of a tabular language model.
 
     Args:
@@ -68,7 +68,7 @@ class Rows(nn.Module):
         return self.weight[index[..., 0]]
 
 
-class TabularBase(PreTrainedModel):  # type: ignore[misc]
+class TabularBase(PreTrainedModel):
     """What the three models share."""
 
     config_class = TabularConfig

@@ -40,7 +40,7 @@ class Texts:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(N,) of the responses, in tokens."""
-        return self._places - self._starts  # type: ignore[no-any-return]
+        return self._places - self._starts
 
     def start(
         self, indices: NDArray[np.intp], rows: NDArray[Any], tokens: NDArray[np.int64], lengths: NDArray[np.int64]

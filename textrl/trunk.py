@@ -65,12 +65,12 @@ def states_below(model: PreTrainedModel, tokens: Tensor, blocks: int) -> Tensor:
     """What the first `blocks` blocks make of (B, S) tokens: (B, S, d)."""
     view = _view(model.base_model, slice(0, blocks))
     view._modules["norm"] = nn.Identity()
-    return view(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    return view(input_ids=tokens, use_cache=False).last_hidden_state
 
 
 def states_above(model: PreTrainedModel, below: Tensor, blocks: int) -> Tensor:
     """The last hidden states from those below, differentiable: (B, S, d) -> (B, S, d)."""
-    return _view(model.base_model, slice(blocks, None))(inputs_embeds=below, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    return _view(model.base_model, slice(blocks, None))(inputs_embeds=below, use_cache=False).last_hidden_state
 
 
 def _view(trunk: PreTrainedModel, blocks: slice) -> PreTrainedModel:

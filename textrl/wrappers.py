@@ -82,7 +82,7 @@ class NumericInfo(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], R
 
 def one_hot(observations: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
     """Token ids (..., L) -> (..., L, V): a one for each token, zeros where nothing is written."""
-    return (observations[..., None] == np.arange(vocab_size)).astype(np.float32)  # type: ignore[no-any-return]
+    return (observations[..., None] == np.arange(vocab_size)).astype(np.float32)
 
 
 class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray[np.int64]], RecordConstructorArgs):
@@ -97,7 +97,7 @@ class OneHotObservation(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray
         gym.ObservationWrapper.__init__(self, env)
         self._vocab_size = task_of(env).vocab_size
         shape = (*(env.observation_space.shape or ()), self._vocab_size)
-        self.observation_space = gym.spaces.Box(0, 1, shape, np.float32)  # type: ignore[assignment]
+        self.observation_space = gym.spaces.Box(0, 1, shape, np.float32)
 
     def observation(self, observation: NDArray[np.int64]) -> NDArray[np.float32]:
         """(L,) -> (L, V)."""
