@@ -172,12 +172,19 @@ def evaluate_exact(
     check_penalty(reference, kl_coef, temperature)
     check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
     check("model", model, isinstance(model, (str, Path)) or callable(model), "a model, its name or a callable")
+    ask, ask_reference = asker(task, model, temperature), asker(task, reference, temperature)
+    totals, optimum, start = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
     with torch.no_grad():
-        values = _value(task, model, reference, temperature, masked)
-        base = _value(task, reference, reference, temperature, False)
-    start = float(base[0])  # its KL to itself is 0
-    optimum = solve(task, reference, kl_coef, temperature=temperature).objective
-    score, kl, entropy = values.tolist()
+        for tree in grow_trees(task, task.max_new_tokens):
+            ref = ask_reference(tree)  # without a reference all tokens alike
+            optimum += tree.weight * float(_soft_induction(task, tree, ref, kl_coef)[0])
+            start += tree.weight * float(_induction(task, tree, ref, None)[0][0, 0])  # its KL to itself is 0
+            if not masked:
+                known = ref if reference is not None else None
+                totals += tree.weight * _induction(task, tree, ask(tree), known)[0][:, 0]
+        if masked:  # each row has masks of its own
+            totals = _value(task, model, reference, temperature, masked)
+    score, kl, entropy = totals.tolist()
     objective = score - kl_coef * kl
     gap = optimum - start
     if gap > 1e-12:
