@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 from textrl.agent import Agent, AgentConfig, AnyEnv, check
 from textrl.files import Rows, dataset_rows
 from textrl.offline import Epochs, digest, given_rollout
-from textrl.pairs import SIDES, Pair, encoded_pairs, hold_out
+from textrl.pairs import SIDES, AskedOnce, HeldOut, Pair, encoded_pairs, hold_out
 from textrl.policy import CausalPolicy
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
 from textrl.rollout import Rollout, batched_logprobs, microbatches
@@ -96,9 +96,7 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = (
-        "_pairs", "_given", "dataset_digest", "_tells_of", "_by", "_held", "_learned", "beta",
-    )  # fmt: skip
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "dataset_digest", "_learned", "beta")
     needs_dataset = True
 
     def __init__(
@@ -112,21 +110,16 @@ class DPO(Agent):
     ) -> None:
         super().__init__(env, model, config, **settings)
         self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
-        self._given: Tensor | None = None  # (N, 2), what the dataset says of the reference
-        self._reference: Tensor | None = None  # (N, 2), once it is known
+        given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._pairs: list[Pair] = []
         if dataset is not None:
-            self._pairs, self._given = encoded_pairs(self.task, dataset_rows(dataset, self.read_dataset))
-        self._reference = self._given
+            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, self.read_dataset))
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
-        self._told_of = self._tells_of = f"{self.dataset_digest} {_fingerprint(self.base.reference)}"  # whom, of what
-        self._epochs_of = self.dataset_digest
-        held_by = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
-        self._best_of = self._by = f"{self.dataset_digest} {held_by}"  # which pairs, held out how, under which loss
-        self._held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)
+        self.reference = AskedOnce(self.dataset_digest, _fingerprint(self.base.reference), len(self._pairs), given)
+        held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)
+        measured = (self.config.held_out, self.config.seed, self.beta, self.config.loss, self.config.label_smoothing)
+        self.held_out = HeldOut(held, f"{self.dataset_digest} {measured}")
         self._epochs = Epochs(self.generator)
-        self.best: list[Tensor] = []  # the weights with the least loss on the pairs held out
-        self.best_loss = self.held_out_loss = math.inf
 
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
@@ -136,30 +129,13 @@ class DPO(Agent):
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
-        if self._given is not None:  # before what a loaded agent knew
-            self._reference, self._told_of = self._given, f"{self.dataset_digest} columns"
-        elif self._reference is None or self._stale():
-            self._reference, self._told_of = torch.full((len(self._pairs), 2), torch.nan), self._tells_of
-        if self._epochs_of != self.dataset_digest:
-            self._epochs_of, self._epochs = self.dataset_digest, Epochs(self.generator)
-        fit = [tuple(weight.shape) for weight in self.best] == [tuple(m.shape) for m in self.optimizer.masters]
-        if self._best_of != self._by or (self.best and not fit):
-            self._best_of, self.best, self.best_loss = self._by, [], math.inf
+        self.held_out.keep_if_alike(self.optimizer.masters)
         indices = self._learned[self._epochs.take(self.config.batch_size, len(self._learned))]
-        return self._rollout(indices, self._known(indices if self.base.reference else torch.arange(len(self._pairs))))
+        return self._rollout(indices, self._told(indices if self.base.reference else torch.arange(len(self._pairs))))
 
-    def _stale(self) -> bool:
-        """Whether a loaded agent was given another reference, or other pairs, than those it knows of."""
-        other = self.base.reference is not None and self._told_of != self._tells_of
-        return other or self._told_of.split()[0] != self.dataset_digest
-
-    def _known(self, indices: Tensor) -> Tensor:
-        """What the reference says of all pairs it was asked about, (N, 2), those at `indices` among them."""
-        assert self._reference is not None
-        unknown = indices[self._reference[indices].isnan().any(1)]
-        if len(unknown):
-            self._reference[unknown] = self._ask_reference(unknown)
-        return self._reference
+    def _told(self, indices: Tensor) -> Tensor:
+        """What the reference says of the pairs it was asked about, (N, 2), those at `indices` among them."""
+        return self.reference.about(indices, self._ask_reference)
 
     def _rollout(self, indices: Tensor, reference: Tensor) -> Rollout:
         pairs = [self._pairs[i] for i in indices.tolist()]
@@ -190,25 +166,23 @@ class DPO(Agent):
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
         call = self.call
         last = call is not None and self.num_timesteps + rollout.num_tokens >= call["start"] + call["total"]
-        if len(self._held):
+        if len(self.held_out.indices):
             interval = max(1, len(self._learned) // (4 * self.config.batch_size))
             if last or self.num_updates % interval == 0:
                 self._look()
-            if last and self.best:
-                self.optimizer.set_weights(self.best)
-            numbers["held_out_loss"] = self.held_out_loss
+            if last and self.held_out.best:
+                self.optimizer.set_weights(self.held_out.best)
+            numbers["held_out_loss"] = self.held_out.loss
         return {f"train/{key}": value for key, value in numbers.items()}
 
     @torch.no_grad()
     def _look(self) -> None:
         """Measures the loss on the pairs held out, and keeps the weights if it is the least so far."""
-        rollout = self._rollout(self._held, self._known(self._held))
-        self.held_out_loss = 0.0
+        rollout, loss = self._rollout(self.held_out.indices, self._told(self.held_out.indices)), 0.0
         for part in microbatches(rollout, self.config.max_tokens_per_microbatch, 2):
             piece = rollout.select(part, 2)
-            self.held_out_loss += float(self._loss(piece)[0]) * len(piece) / len(rollout)
-        if self.held_out_loss < self.best_loss:
-            self.best, self.best_loss = self.optimizer.get_weights(), self.held_out_loss
+            loss += float(self._loss(piece)[0]) * len(piece) / len(rollout)
+        self.held_out.note(loss, self.optimizer.get_weights)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         reference = torch.tensor([row["ref_logprob"] for row in batch.rows], device=self.device)

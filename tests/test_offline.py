@@ -331,18 +331,19 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     common: dict[str, Any] = {"batch_size": 32, "learning_rate": 3e-3, "device": "cpu"}
     agent = DPO(env, copy.deepcopy(ref).requires_grad_(True), dataset=pairs, held_out=0.1, **common)
     size = len(agent._pairs)  # those that differ
-    assert sorted([*agent._held.tolist(), *agent._learned.tolist()]) == list(range(size))
-    assert 20 <= len(agent._held) <= round(0.1 * size)
+    assert sorted([*agent.held_out.indices.tolist(), *agent._learned.tolist()]) == list(range(size))
+    assert 20 <= len(agent.held_out.indices) <= round(0.1 * size)
     losses: list[float] = []
     agent.learn(24_000, callback=lambda _, numbers: losses.append(numbers["train/held_out_loss"]))
     assert len(losses) > 40 and min(losses) < losses[-1] - 0.01, "these few pairs are learned by heart"
     agent._look()
-    assert agent.held_out_loss == pytest.approx(min(losses), abs=1e-5)
+    assert agent.held_out.loss == pytest.approx(min(losses), abs=1e-5)
     everything = DPO(env, copy.deepcopy(ref), dataset=pairs, **common)
     assert len(everything._learned) == size
     assert "train/held_out_loss" not in everything.update(everything.collect())
     assert (
-        len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), held_out=0.1, **common)._held) == 0
+        len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), held_out=0.1, **common).held_out.indices)
+        == 0
     )  # too few to tell
 
 
@@ -361,7 +362,7 @@ def test_a_loaded_dpo_does_not_measure_by_another_loss_or_other_pairs_held_out(c
     again.learn(1000)
     assert any(not torch.equal(a, b) for a, b in zip(start, again.model.parameters(), strict=True))
     again._look()
-    assert again.held_out_loss == pytest.approx(again.best_loss, abs=1e-5)
+    assert again.held_out.loss == pytest.approx(again.held_out.best_loss, abs=1e-5)
 
 
 def test_a_loaded_dpo_asks_another_reference_again_and_keeps_what_it_knows_without_one(tmp_path) -> None:
@@ -402,9 +403,9 @@ def test_pairs_held_out_are_none_of_those_learned_from() -> None:
     def pairs(indices: torch.Tensor) -> set[Any]:
         return {frozenset(map(tuple, agent._pairs[i][1])) for i in indices.tolist()}
 
-    assert 20 <= len(agent._held) <= 0.2 * len(agent._pairs)
-    assert len(agent._held) + len(agent._learned) == len(agent._pairs)
-    assert not pairs(agent._held) & pairs(agent._learned)
+    assert 20 <= len(agent.held_out.indices) <= 0.2 * len(agent._pairs)
+    assert len(agent.held_out.indices) + len(agent._learned) == len(agent._pairs)
+    assert not pairs(agent.held_out.indices) & pairs(agent._learned)
 
 
 def test_pairs_that_the_horizon_makes_alike_are_dropped_with_a_warning() -> None:
@@ -584,3 +585,14 @@ def test_pairs_of_a_file_may_have_the_empty_prompt_of_the_task(tmp_path):
     file.write_text('{"prompt": "", "chosen": "ab", "rejected": "cc"}\n' * 3)
     with pytest.warns(UserWarning, match="repeat"):
         DPO(textrl.TextEnv(Empty()), dataset=file, batch_size=2).learn(8)
+
+
+def test_a_loaded_dpo_asks_about_other_pairs_however_many_they_are(tmp_path):
+    env = textrl.TextEnv(Weighted(), reference=small_model(4, 8, 3), kl_coef=0.5)
+    pairs = [{"prompt": "a", "chosen": a, "rejected": b} for a, b in (("a", "b"), ("ab", "c"), ("c", "ba"), ("b", "c"))]
+    agent = DPO(env, small_model(4, 8), dataset=pairs[:1], batch_size=1).learn(4)
+    agent.save(tmp_path / "agent")
+    again = DPO.load(tmp_path / "agent", env, dataset=pairs, batch_size=4)
+    fresh = DPO(env, small_model(4, 8), dataset=pairs, batch_size=4)
+    known = [sorted(row["ref_logprob"] for row in each.collect().rows) for each in (again, fresh)]
+    assert known[0] == pytest.approx(known[1], abs=1e-5)

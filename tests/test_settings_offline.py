@@ -81,7 +81,7 @@ def test_dpos_labels_are_smoothed_as_configured() -> None:
 
 def test_dpo_looks_at_the_pairs_held_out_four_times_an_epoch_and_at_the_end() -> None:
     agent, seen = pairs_agent(held_out=0.3), []
-    assert len(agent._held) >= 20 and len(agent._learned) // 32 == 2  # so a look every two updates
+    assert len(agent.held_out.indices) >= 20 and len(agent._learned) // 32 == 2  # so a look every two updates
     agent._look = lambda: seen.append(agent.num_updates)  # type: ignore[method-assign]
     agent.call = {"start": 0, "total": 10**9}
     for agent.num_updates in range(4):
@@ -94,15 +94,15 @@ def test_dpo_forgets_the_best_weights_when_it_is_given_other_pairs(tmp_path: Any
     agent = pairs_agent(held_out=0.3)
     agent.update(agent.collect())
     agent._look()
-    assert agent.best and math.isfinite(agent.best_loss)
+    assert agent.held_out.best and math.isfinite(agent.held_out.best_loss)
     agent.save(tmp_path / "dpo")
     others = bradley_terry(agent.env, agent.base.reference, 120, 1)
     again = DPO.load(tmp_path / "dpo", agent.env, dataset=others)
     again.collect()
-    assert again.best == [] and again.best_loss == math.inf
+    assert again.held_out.best == [] and again.held_out.best_loss == math.inf
     same = DPO.load(tmp_path / "dpo", agent.env, dataset=bradley_terry(agent.env, agent.base.reference, 120, 0))
     same.collect()
-    assert same.best_loss == agent.best_loss
+    assert same.held_out.best_loss == agent.held_out.best_loss
 
 
 def test_rest_begins_with_the_returns_of_what_was_logged_and_goes_on_with_its_own() -> None:

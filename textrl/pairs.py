@@ -1,10 +1,11 @@
-"""Preference pairs as token ids: those that differ, what a reference is said to say of them, and some held out."""
+"""Preference pairs as token ids: those that differ, what a reference says of them, and some held out."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,3 +81,66 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[Tensor, Te
     check("held_out", share, not held or held < len(pairs), right)
     order = torch.tensor([i for number in shuffled for i in every[number]], dtype=torch.int64)
     return order[:held], order[held:]
+
+
+class AskedOnce:
+    """What a reference says of the responses of N pairs; it is asked about a pair when that is first drawn.
+
+    Args:
+        pairs: by which these pairs are told apart from others.
+        reference: by which the reference is; "" for the model as it starts.
+        size: N.
+        given: (N, 2), what the dataset says of it; None: the reference is asked.
+    """
+
+    not_saved: ClassVar = ("given", "whom", "size")
+
+    def __init__(self, pairs: str, reference: str, size: int, given: Tensor | None = None) -> None:
+        self.given, self.whom, self.size = given, (pairs, reference), size
+        self.known = torch.full((size, 2), torch.nan) if given is None else given
+        self.told_by = (pairs, reference if given is None else "columns")
+
+    def about(self, indices: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+        """The log-probabilities of all pairs it was asked about, (N, 2), those at `indices` (n,) among them.
+
+        Args:
+            indices: of the pairs.
+            ask: indices (m,) -> the reference's log-probabilities of both responses, (m, 2).
+        """
+        if self.given is not None:  # before what a loaded agent knew
+            self.known, self.told_by = self.given, (self.whom[0], "columns")
+        elif self.told_by[0] != self.whom[0] or (self.whom[1] and self.told_by != self.whom):
+            self.known, self.told_by = torch.full((self.size, 2), torch.nan), self.whom
+        unknown = indices[self.known[indices].isnan().any(1)]
+        if len(unknown):
+            self.known[unknown] = ask(unknown)
+        return self.known
+
+
+class HeldOut:
+    """Pairs that are not learned from, and the weights that did best on them.
+
+    Args:
+        indices: (n,) of the pairs.
+        measured: how: by which pairs, held out how, under which loss.
+    """
+
+    not_saved: ClassVar = ("indices", "measured")
+
+    def __init__(self, indices: Tensor, measured: str) -> None:
+        self.indices, self.measured = indices, measured
+        self.best: list[Tensor] = []
+        self.best_loss = self.loss = math.inf
+        self.best_measured = measured
+
+    def keep_if_alike(self, weights: Sequence[Tensor]) -> None:
+        """Forgets a best that was measured otherwise, or that was of other weights than these."""
+        fits = [tuple(kept.shape) for kept in self.best] == [tuple(each.shape) for each in weights]
+        if self.best_measured != self.measured or (self.best and not fits):
+            self.best, self.best_loss, self.best_measured = [], math.inf, self.measured
+
+    def note(self, loss: float, weights: Callable[[], list[Tensor]]) -> None:
+        """Takes a loss down, and the weights where it is the least so far."""
+        self.loss = loss
+        if loss < self.best_loss:
+            self.best, self.best_loss = weights(), loss

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from .kl import AdaptiveKL
 from .offline import Epochs
 from .outcomes import Outcomes
+from .pairs import AskedOnce, HeldOut
 from .penalty import Penalty
 from .rollout import Rollout
 from .rows import RowStream, RowStreams
 from .task import Task
 from .texts import Texts
 
-PARTS = (AdaptiveKL, Epochs, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
+PARTS = (AdaptiveKL, AskedOnce, Epochs, HeldOut, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
 """Objects that are packed attribute by attribute, and restored into those that stand in their place; without those
 that their class calls `not_saved`, which come from the task."""
 Tensors = dict[str, Tensor]
