@@ -26,7 +26,7 @@ from .folders import verify_if_ours
 from .hub import check_source
 from .scores import shorten
 from .symbols import load_tokenizer
-from .tabular import Rows, register_tabular
+from .tabular import PrefixTable, register_tabular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -299,4 +299,4 @@ def trainable(*modules: nn.Module | None) -> Iterator[nn.Parameter]:
 
 def tables(*modules: nn.Module) -> list[nn.Parameter]:
     """Those parameters of these modules that are tables of prefixes, of which a batch uses few rows."""
-    return [part.weight for module in modules for part in module.modules() if isinstance(part, Rows)]
+    return [part.weight for module in modules for part in module.modules() if isinstance(part, PrefixTable)]

@@ -56,7 +56,7 @@ class TabularConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
-class Rows(nn.Module):
+class PrefixTable(nn.Module):
     """A table of d numbers a prefix: indices (..., 1) int64 -> (..., d)."""
 
     def __init__(self, rows: int, width: int) -> None:
@@ -76,7 +76,7 @@ class TabularBase(PreTrainedModel):
     _is_stateful = True  # there is no KV cache to keep
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Rows):
+        if isinstance(module, PrefixTable):
             nn.init.zeros_(module.weight)
 
     def get_input_embeddings(self) -> None:
@@ -111,10 +111,10 @@ class TabularLM(TabularBase):
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
         self.tree = PrefixTree(config)
-        self.lm_head = Rows(config.num_prefixes, config.vocab_size)
+        self.lm_head = PrefixTable(config.num_prefixes, config.vocab_size)
         self.post_init()
 
-    def get_output_embeddings(self) -> Rows:
+    def get_output_embeddings(self) -> PrefixTable:
         """The table."""
         return self.lm_head
 
@@ -129,7 +129,7 @@ class TabularScorer(TabularBase):
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
         self.tree = PrefixTree(config)
-        self.score = Rows(config.num_prefixes, 1)
+        self.score = PrefixTable(config.num_prefixes, 1)
         self.post_init()
 
     def forward(self, input_ids: Tensor, **_: Any) -> SequenceClassifierOutput:
