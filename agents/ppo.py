@@ -170,7 +170,8 @@ class PPO(Agent):
         critic = Critic(self.policy, scalar or self.model, self.config.trainable_layers)
         if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, self.tokenizer):
             self.tokenizers["critic"] = start.tokenizer
-            return TextCritic(critic.model, start.tokenizer, self.task), critic.model
+            critic.model.config.score_options = start.options  # for `load`
+            return TextCritic(critic.model, start.tokenizer, self.task, start.special_tokens), critic.model
         check_positions("critic", critic.model, self.task)
         known: int = critic.model.config.get_text_config().vocab_size
         check("critic", f"a model of {known} tokens", known >= self.task.vocab_size, f"one of {self.task.vocab_size}")

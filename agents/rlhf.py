@@ -25,10 +25,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from textrl import fetch
+from textrl.adapters import new_scalar
 from textrl.config import check
 from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
-from textrl.models import cast
+from textrl.models import cast, longest_text
 from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.render import escape
@@ -69,6 +70,8 @@ class _Run:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device, parameters)
         self.base: PreTrainedModel = cast(base, self.dtype, self.device)
+        with torch.device("meta"):
+            new_scalar(self.base.config)  # refused here, where there is none
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
         self.ratings = load_ratings(("movie", "product"))
         self._choose_data()
@@ -155,6 +158,13 @@ class _Run:
             self.test_prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"]
         except ValueError as error:
             raise ValueError(f"opening_words must leave openings of sentences: {error}") from None
+        drawn = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
+        longest = (
+            max(len(ids) for ids in self.tokenizer([*drawn, *self.test_prompts])["input_ids"]) + 1
+        )  # a begin token
+        room = longest_text(self.base) - longest
+        right = f"at most {room}, which is what the model can read after an opening"
+        check("max_new_tokens", config.max_new_tokens, config.max_new_tokens <= room, right)
         self.reward_epochs = max(1, round(wanted / (1 + max(self.pairs["group"]))))  # where there are fewer than wanted
 
     def short(self, text: str) -> bool:
@@ -202,8 +212,9 @@ class _Run:
     def sft(self, folder: Path) -> None:
         """Step 1: review sentences, from their first word to the end token."""
         config = self.config
-        rows = [{"prompt": "", "completion": text} for text in self.sentences("train")["text"] if self.short(text)]
-        env = self.env([""], lambda completions: [0.0] * len(completions), None, 2 * config.max_words)
+        rows = [self._begun(text) for text in self.sentences("train")["text"] if self.short(text)]
+        prompts = sorted({row["prompt"] for row in rows})
+        env = self.env(prompts, lambda completions: [0.0] * len(completions), None, 2 * config.max_words)
         agent = SFT(
             env,
             self.base,
@@ -214,6 +225,13 @@ class _Run:
         )
         agent.learn(self.planned(config.sft_timesteps), **self.saving("sft", config.sft_timesteps))
         agent.save(folder)
+
+    def _begun(self, text: str) -> dict[str, str]:
+        """A sentence to learn from: all of it, or all but its first word where a tokenizer has no begin token."""
+        if self.tokenizer.bos_token_id is not None:
+            return {"prompt": "", "completion": text}
+        first = text.split()[0]
+        return {"prompt": first, "completion": text.split(first, 1)[1]}
 
     def reward_model(self, folder: Path) -> None:
         """Step 2: pairs of sentences that people rated apart; scores of mean 0, std 1 on the SFT model's samples."""

@@ -1,15 +1,23 @@
 """How a reward model is trained, and how it reads texts that are long, alike or many."""
 
+import copy
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textrl
+from textrl.agents import PPO
 from textrl.envs.copy import Copy
-from textrl.policy import load_model, small_model
+from textrl.policy import load_model, small_model, value_model
 from textrl.reward_training import _Training
 from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+
+
+def scorer():
+    """An untrained scalar model of four tokens, and its tokenizer."""
+    return value_model(small_model(4, 16), seed=0, std=0.1), textrl.symbol_tokenizer("abc")
 
 
 def test_the_learning_rate_falls_by_equal_steps():
@@ -112,3 +120,46 @@ def test_a_folder_of_something_else_is_neither_read_nor_written_over(tmp_path):
     tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(ValueError, match="holds no reward model"):
         RewardModel.load(tmp_path / "two")
+
+
+def test_a_training_is_not_resumed_on_pairs_that_differ_far_down(tmp_path):
+    model, tokenizer = scorer()
+    rows = [{"prompt": "", "chosen": "a" * (1 + i % 3), "rejected": "b"} for i in range(12)]
+    settings = {"log_dir": tmp_path / "run", "checkpoint_every": 4, "batch_size": 4, "learning_rate": 1e-3}
+    train_reward_model(RewardModel(copy.deepcopy(model), tokenizer), rows, **settings)
+    rows[-1]["chosen"] = "c"
+    with pytest.raises(ValueError, match="another pairs"):
+        train_reward_model(RewardModel(copy.deepcopy(model), tokenizer), rows, resume=True, **settings)
+
+
+def test_a_training_does_not_remove_an_agents_checkpoints(tmp_path):
+    model, tokenizer = scorer()
+    agent = PPO(textrl.TextEnv(Copy()), batch_size=4)
+    agent.learn(20, log_dir=tmp_path / "run", checkpoint_every=10)
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(ValueError, match="holds checkpoints of a PPO: choose another folder"):
+        train_reward_model(RewardModel(model, tokenizer), rows, log_dir=tmp_path / "run", checkpoint_every=1)
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_scores_that_are_all_alike_are_shifted_alone():
+    model, tokenizer = scorer()
+    reward = RewardModel(model, tokenizer)
+    with pytest.warns(UserWarning, match="all 2 texts score alike"):
+        reward.standardise(["", ""], ["ab", "ab"])
+    assert reward.std == 1.0 and reward([""], ["ab"]) == pytest.approx([0.0], abs=1e-6)
+
+
+def test_pairs_may_be_rows_and_long_ones_are_warned_of():
+    model, tokenizer = scorer()
+    rows = [{"prompt": "", "chosen": "abab", "rejected": "b"}]
+    reward = RewardModel(model, tokenizer, max_length=4)
+    assert reward.accuracy(rows) in (0.0, 0.5, 1.0)
+    with pytest.warns(UserWarning, match="1 of 2 texts reach max_length=4"):
+        train_reward_model(reward, rows, learning_rate=1e-3)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused():
+    model, _ = scorer()
+    with pytest.raises(ValueError, match="tokenizer has 9 tokens but the model's vocabulary only 4"):
+        RewardModel(model, textrl.symbol_tokenizer("abcdefgh"))

@@ -210,12 +210,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
     Raises:
         ValueError: with what it gives, or both sizes.
     """
-    size = model.get_input_embeddings().weight.shape[0] if model.get_input_embeddings() is not None else None
-    if size is not None and len(tokenizer) > size:
-        raise ValueError(
-            f"tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {size}:"
-            " use the tokenizer the model was trained with, or model.resize_token_embeddings(len(tokenizer))"
-        )
+    check_vocabulary_size(model, tokenizer)
     other = torch.tensor([[int(model.config.pad_token_id == 0)]], device=model.device)  # padding alone draws a warning
     with torch.no_grad():
         logits = getattr(model(input_ids=other), "logits", None)
@@ -224,6 +219,20 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
         raise ValueError(
             f"{called} must be a causal language model, such as AutoModelForCausalLM loads;"
             f" {type(model).__name__} gives {given}"
+        )
+
+
+def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuses a tokenizer whose tokens a model does not all know.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    size = model.get_input_embeddings().weight.shape[0] if model.get_input_embeddings() is not None else None
+    if size is not None and len(tokenizer) > size:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {size}:"
+            " use the tokenizer the model was trained with, or model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +142,7 @@ class _Training:
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a training to go on."""
-        content = {name: self.pairs[name] for name in sorted(self.pairs.column_names)}
+        content = {name: list(self.pairs[name]) for name in sorted(self.pairs.column_names)}
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         config = dataclasses.asdict(self.config)
         return {"agent": SCORER_IN_TRAINING, "config": config, "options": self.reward_model.options, "pairs": digest}
@@ -172,6 +174,15 @@ class _Training:
         self.now = _Progress(**state.unpack(content["progress"], tensors, device))
 
 
+def as_dataset(pairs: Any) -> Any:
+    """A list of rows as a `Dataset`; anything else as it is."""
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(row, Mapping) for row in pairs):
+        return pairs
+    from datasets import Dataset
+
+    return Dataset.from_list(pairs)
+
+
 def _check_pairs(pairs: Any) -> None:
     """Refuses what are no pairs of texts.
 
@@ -194,6 +205,15 @@ def _check_pairs(pairs: Any) -> None:
     if "group" in pairs.column_names:
         kind = str(pairs.features["group"].dtype)
         check("pairs, column 'group',", kind, "int" in kind, "whole numbers")
+
+
+def _warn_of_cut_texts(reward_model: RewardModel, pairs: Dataset) -> None:
+    """Says how many texts are so long that they lose their beginning."""
+    texts = {p + text for side in ("chosen", "rejected") for p, text in zip(pairs["prompt"], pairs[side], strict=True)}
+    cut = sum(len(ids) >= reward_model.max_length for ids in reward_model.encode(list(texts)))
+    if cut:
+        what = f"{cut} of {len(texts)} texts reach max_length={reward_model.max_length} tokens of the reward model"
+        warnings.warn(f"{what}: longer ones lose their beginning", stacklevel=3)
 
 
 def train_reward_model(
@@ -231,19 +251,17 @@ def train_reward_model(
     """
     if not hasattr(reward_model, "pair_scalars"):
         raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
-    if isinstance(pairs, list) and pairs and all(isinstance(row, dict) for row in pairs):
-        from datasets import Dataset
-
-        pairs = Dataset.from_list(pairs)
+    pairs = as_dataset(pairs)
     _check_pairs(pairs)
     Run(log_dir=log_dir, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
     config = make_config(RewardModelConfig, config, settings)
+    _warn_of_cut_texts(reward_model, pairs)
     training = _Training(reward_model, pairs, config)
     saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
     if resume and saved is not None:
         saved.go_on(training.restore)
     elif saved is not None:
-        saved.clear()  # those of a training that was here before
+        saved.clear(SCORER_IN_TRAINING)  # those of a training that was here before
     now = training.now
     now.next = now.next or (checkpoint_every or 0)
     log = RunLog(

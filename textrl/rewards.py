@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,9 +18,10 @@ from .adapters import has_adapter
 from .config import check, is_count
 from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
-from .models import longest_text
+from .models import check_vocabulary_size, longest_text
 from .policy import alike, load_scalar, value_model, values_at, without_dropout
 from .reward_training import RewardModelConfig as RewardModelConfig
+from .reward_training import as_dataset
 from .reward_training import preference_loss as preference_loss
 from .reward_training import train_reward_model as train_reward_model
 from .task import call_score, shorten
@@ -27,6 +29,9 @@ from .task import call_score, shorten
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
+
+LEAST_SPREAD = 1e-6
+"""Scores that differ by less are alike."""
 
 
 class RewardModel:
@@ -65,6 +70,7 @@ class RewardModel:
         )
         named = getattr(tokenizer, "eos_token_id", None) is not None
         check("tokenizer", tokenizer, named, "a tokenizer with an end-of-sequence token")
+        check_vocabulary_size(model, tokenizer)
         for name, value, least in (("max_length", max_length, 3), ("tokens_at_once", tokens_at_once, 1)):
             check(name, value, is_count(value) and value >= least, f"a whole number of at least {least}")
         self.model = without_dropout(model)
@@ -164,13 +170,18 @@ class RewardModel:
         check("completions", completions, len(texts) >= 2, "at least two texts")
         with torch.no_grad():
             scalars = self.scalars(texts)
-        self.mean, self.std = float(scalars.mean()), max(float(scalars.std()), 1e-6)
+        spread = float(scalars.std())
+        check("completions", f"scores with a deviation of {spread}", math.isfinite(spread), "texts with finite scores")
+        if spread < LEAST_SPREAD:
+            warnings.warn(f"all {len(texts)} texts score alike: they are shifted, and not scaled", stacklevel=2)
+            spread = 1.0
+        self.mean, self.std = float(scalars.mean()), spread
 
-    def accuracy(self, pairs: Dataset) -> float:
+    def accuracy(self, pairs: Dataset | Sequence[Mapping[str, str]]) -> float:
         """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
         check("pairs", pairs, len(pairs) > 0, "at least one pair")
         with torch.no_grad():
-            chosen, rejected = self.pair_scalars(pairs[:])
+            chosen, rejected = self.pair_scalars(as_dataset(pairs)[:])
         return float((chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean())
 
     def pair_scalars(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from .disk import sync
-from .folders import CheckpointError
+from .folders import SCORER_IN_TRAINING, CheckpointError, verify
 
 FOLDER, BEST = "checkpoints", "best"
 
@@ -76,8 +76,22 @@ class Checkpoints:
                 sys.stderr.write(f"textrl: {error}; going on from the checkpoint before it\n")
                 self._remove(folder)
 
-    def clear(self) -> None:
-        """Removes all of them: what they were for is done."""
+    def clear(self, of: str | None = None) -> None:
+        """Removes all of them: what they were for is done.
+
+        Args:
+            of: whose they are, as their manifests say; None: whoever's.
+
+        Raises:
+            ValueError: where they are of another kind.
+        """
+        for step in self.steps()[:1] if of is not None else ():
+            try:
+                found = verify(self.path(step))["agent"]
+            except CheckpointError:
+                continue
+            if (found == SCORER_IN_TRAINING) != (of == SCORER_IN_TRAINING):
+                raise ValueError(f"log_dir {str(self.run)!r} holds checkpoints of a {found}: choose another folder")
         (self.run / BEST).unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)

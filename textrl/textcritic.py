@@ -30,12 +30,13 @@ class TextCritic:
         model: a scalar model.
         tokenizer: its own.
         task: whose tokenizer the policy has.
+        special_tokens: whether special tokens written out in a prompt are read as such, as a `RewardModel` may do.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task) -> None:
-        self.model, self.tokenizer, self.task = model, tokenizer, task
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._begin: int = begin
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, special_tokens: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.special_tokens = model, tokenizer, task, special_tokens
         self._room = longest_text(model) - 1  # tokens after the first
         self._known: dict[tuple[tuple[int, ...], int], tuple[list[list[int]], list[tuple[int, int]]]] = {}
 
@@ -44,8 +45,10 @@ class TextCritic:
         lengths, starts = batch.response_lengths.tolist(), batch.prompt_lengths.tolist()
         texts: list[list[int]] = []
         places = torch.zeros(*batch.action_mask.shape, 2, dtype=torch.int64)  # (B, T, 2) rows and columns in `tokens`
+        written = self.special_tokens and bool(batch.rows)
+        prompts = [row["prompt"] for row in batch.rows] if written else [None] * len(batch)
         for i, (row, start, length) in enumerate(zip(batch.tokens.tolist(), starts, lengths, strict=True)):
-            found, where = self._read(tuple(row[: start + length]), start)
+            found, where = self._read(tuple(row[: start + length]), start, prompts[i])
             places[i, : len(where)] = torch.tensor(where) + torch.tensor([len(texts), 0])
             texts += found
         tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
@@ -55,17 +58,32 @@ class TextCritic:
         rows, columns = places.to(device)[batch.action_mask].T
         return batch.spread(values_at(self.model, tokens.to(device), rows, columns))
 
-    def _read(self, ids: tuple[int, ...], start: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """The critic's tokens of the texts before each of the policy's from `start` on, and where each of them ends."""
+    def _read(
+        self, ids: tuple[int, ...], start: int, prompt: str | None
+    ) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The critic's tokens of the texts before each of the policy's from `start` on, and where each of them ends.
+
+        The prompt is taken as it was written where that is given, for its special tokens to count.
+        """
         key = (ids, start)
         if key not in self._known:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            before = self.task.decode([ids[:end] for end in range(start, len(ids))], alone=True)
-            said = self.tokenizer(before, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if prompt is None:
+                before = self.task.decode([ids[:end] for end in range(start, len(ids))], alone=True)
+            else:
+                said_so_far = self.task.decode([ids[start:end] for end in range(start, len(ids))])
+                before = [prompt + text for text in said_so_far]
+            split = not self.special_tokens
+            said = self.tokenizer(before, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+            begin, end_token = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            first = [] if begin is None else [begin]
+            if first and self.special_tokens:  # a chat template writes it where it should be
+                said = [each[1:] if each[:1] == first else each for each in said]
             texts: list[list[int]] = []
             places: list[tuple[int, int]] = []
-            for own in ([self._begin, *each[-self._room :]] for each in reversed(said)):  # the longest first
+            for each in reversed(said):  # the longest first
+                own = [*first, *each[-self._room :]] or [end_token]  # of no text at all
                 row = next((i for i, text in enumerate(texts) if text[: len(own)] == own), len(texts))
                 texts += [own] if row == len(texts) else []
                 places.append((row, len(own) - 1))
