@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,7 +114,8 @@ class DPO(Agent):
         given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._pairs: list[Pair] = []
         if dataset is not None:
-            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, self.read_dataset))
+            chats = self.tokenizer if self.task.special_tokens else None  # as the task reads what a template writes
+            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, partial(read_pairs, tokenizer=chats)))
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
         self.reference = AskedOnce(self.dataset_digest, _fingerprint(self.base.reference), len(self._pairs), given)
         held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)

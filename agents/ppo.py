@@ -144,7 +144,7 @@ class PPO(Agent):
             width: int | None = getattr(self.model.config.get_text_config(), "hidden_size", None)
             model = type(self.model).__name__
             readable = width is not None and head_of(self.model) is not None
-            check("critic", "shared", readable, f'"separate" for {model}, which has no hidden states to read')
+            check("critic", "shared", readable, f'"separate" for {model}, whose states below the head cannot be read')
             assert width is not None
             self.value_head = nn.Linear(width, 1).to(device=self.device)
             nn.init.zeros_(self.value_head.weight)

@@ -7,6 +7,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from textrl.config import is_number
 from textrl.task import Row, Task, symbol_tokenizer
 
 
@@ -34,7 +35,7 @@ class Bandit(Task):
         letters = string.ascii_lowercase[: len(payoffs)]
         if not 1 <= len(payoffs) <= len(letters):
             raise ValueError(f"payoffs must have 1 to 26 numbers; got {len(payoffs)}")
-        if not all(isinstance(payoff, (int, float)) and math.isfinite(payoff) for payoff in payoffs):
+        if not all(is_number(payoff) and math.isfinite(payoff) for payoff in payoffs):
             raise ValueError(f"payoffs must be finite numbers; got {payoffs!r}")
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=1)
         self.payoffs = {letter: payoff + offset for letter, payoff in zip(letters, payoffs, strict=True)}

@@ -514,7 +514,7 @@ def test_an_agent_may_be_loaded_without_its_adaptive_coefficient(tmp_path):
 
 def test_a_shared_critic_needs_hidden_states():
     task = Bigrams()
-    with pytest.raises(ValueError, match='critic must be "separate" for TabularLM, which has no hidden states to read'):
+    with pytest.raises(ValueError, match='critic must be "separate" for TabularLM, whose states below the head'):
         PPO(textrl.TextEnv(task), textrl.tabular_model(task), critic="shared")
 
 

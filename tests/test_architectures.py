@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -181,3 +183,74 @@ def test_weights_that_somebody_set_are_learned_on_from():
     optimizer.step()
     torch.testing.assert_close(weight.float(), torch.full((len(weight),), 0.5))
     assert float(optimizer.get_weights()[-2].mean()) == pytest.approx(0.5, abs=1e-5)
+
+
+class Summed(GPT2LMHeadModel):
+    """Logits that hang on all states before them."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits.cumsum(1)
+        return out
+
+
+class Bare(GPT2LMHeadModel):
+    """A forward that takes tokens alone."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids=input_ids)
+
+
+def test_heads_that_mix_places_and_forwards_of_few_words():
+    config = small_model(V, 32, initializer_range=0.3).config
+    tokens = torch.arange(7)[None] % V
+    for kind, known in ((Summed, False), (Bare, True)):
+        model = kind(config).eval()
+        policy = CausalPolicy(model, V)
+        assert (head_of(model) is not None) == known
+        found = policy.logits(policy.hidden(tokens, torch.tensor([0, 0]), torch.tensor([6, 2])))
+        torch.testing.assert_close(found, model(tokens).logits[0, [6, 2]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_scales_a_little_is_told_in_bfloat16():
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.04)).to(torch.bfloat16).eval()
+    assert isinstance(head_of(model), OwnHead)
+
+
+def test_a_model_in_training_mode_is_asked_in_eval_mode_and_stays_in_it():
+    model = GPT2LMHeadModel(small_model(V, 32, resid_pdrop=0.5).config).train()
+    assert head_of(model) is model.lm_head and model.training
+
+
+def test_a_forward_that_does_not_fit_into_memory_says_so():
+    model = GPT2LMHeadModel(small_model(V, 32).config).eval()
+    model.transformer.forward = lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        head_of(model)
+
+
+def test_a_stepper_follows_a_fused_step_and_models_made_for_inference():
+    model = small_model(V, 32)
+    stepper = StepwiseLM(CausalPolicy(model, V), fill=V)
+    observation = torch.tensor([[0, 1, 2, V, V]]).numpy()
+    before = stepper(observation).clone()
+    optimizer = Optimizer(model.parameters(), learning_rate=0.1)
+    model(input_ids=torch.tensor([[0, 1, 2]])).logits.sum().backward()
+    optimizer.step()
+    right = model(input_ids=torch.tensor([[0, 1, 2]])).logits[0, -1].detach()
+    assert not torch.allclose(before[0], right, atol=1e-3)
+    torch.testing.assert_close(stepper(observation)[0], right, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        fixed = small_model(V, 32)
+        assert StepwiseLM(CausalPolicy(fixed, V), fill=V)(observation).shape == (1, V)
+
+
+def test_weights_that_are_set_to_what_they_are_keep_their_float32_copies():
+    model = small_model(V, 32).to(torch.bfloat16)
+    optimizer = Optimizer(model.parameters(), learning_rate=1e-5)
+    weight = model.transformer.ln_f.weight
+    for _ in range(8):  # each step by itself is lost in bfloat16
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert float(optimizer.get_weights()[-2].mean()) == pytest.approx(1 - 8e-5, abs=1e-6)

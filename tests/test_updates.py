@@ -82,12 +82,12 @@ def test_the_reference_is_asked_at_the_temperature():
 def test_the_loss_on_pairs_held_out_is_the_mean_over_pairs_however_they_are_cut():
     agent = agent_at(1.0, max_tokens_per_microbatch=22)
     agent.collect()
-    agent._held = torch.arange(9)
+    agent.held_out.indices = torch.arange(9)
     with torch.no_grad():
         agent.model.lm_head.weight.mul_(1.5)  # away from the reference: the pairs' losses differ
-        whole = agent._loss(agent._rollout(agent._held, agent._reference))[0]
+        whole = agent._loss(agent._rollout(agent.held_out.indices, agent.reference.known))[0]
     agent._look()
-    assert agent.held_out_loss == pytest.approx(float(whole), abs=1e-5)
+    assert agent.held_out.loss == pytest.approx(float(whole), abs=1e-5)
 
 
 def test_nlpos_mask_is_about_the_probabilities_at_the_temperature():

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -489,3 +490,31 @@ def test_a_penalty_above_a_wrapper_that_changes_actions_is_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match=r"must take the actions that it is given.*took 2 in place of 1"):
         env.step(1)
+
+
+def test_the_score_is_weighed_as_before_where_ppo_shapes_it():
+    task = Increasing()
+    env = RecordEpisodeStatistics(textrl.TextEnv(task, reference=tiny(task, 2), kl_coef=0.2))
+    agent = PPO(env, tiny(task), batch_size=16, missing_end_penalty=0.5, learning_rate=1e-3)
+    rollout = agent.collect()
+    assert not agent.paid_otherwise
+    agent.score_weight = 0.1
+    shaped = replace(rollout, rewards=agent._shaped(rollout))
+    penalty = -0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    right = 0.1 * (rollout.scores - 0.5 * ~rollout.stopped) + penalty
+    torch.testing.assert_close(agent.tempered(shaped).rewards.sum(1), right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vector_penalty_asks_nothing_of_rows_that_reset_and_refuses_changed_actions():
+    task = Copy(symbols="ab", length=1)
+    envs = VectorKLPenalty(textrl.TextVectorEnv(task, 2), tiny(task), 0.5)
+    envs.reset(seed=0)
+    assert envs.step(np.array([0, 1]))[2].tolist() == [True, False]
+    rewards = envs.step(np.array([-1, 1]))[1]
+    assert rewards[0] == 0 and rewards[1] != 0
+    inner = textrl.TextVectorEnv(task, 2)
+    changed = vector_wrappers.TransformAction(inner, lambda actions: np.full(2, 2), action_space=inner.action_space)
+    envs = VectorKLPenalty(changed, tiny(task), 0.5)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"must take the actions that it is given.*took \[2, 2\] in place of"):
+        envs.step(np.array([1, 1]))

@@ -1,5 +1,6 @@
 """Wrong arguments from Python, one for each place: a `ValueError` of one line that names the argument."""
 
+import dataclasses
 import math
 
 import datasets
@@ -345,3 +346,18 @@ def test_a_policy_that_says_what_it_cannot_is_named(logit):
     env.reset(seed=0)
     with pytest.raises(ValueError, match="policy must be a function whose logits give the token taken, 2, a finite"):
         env.step(2)
+
+
+def test_settings_of_ones_own_are_checked_whether_annotations_are_postponed_or_not():
+    space = {"dataclass": dataclasses.dataclass, "AgentConfig": textrl.AgentConfig}
+    fields = "    decay: float = 0.5\n    on: bool | None = None\n"
+    text = f"@dataclass(frozen=True, kw_only=True)\nclass Mine(AgentConfig):\n{fields}"
+    exec(compile(text, "mine", "exec", dont_inherit=True), space)
+    for wrong, message in (({"decay": "a"}, "decay must be a number; got 'a'"), ({"on": "no"}, "on must be True or")):
+        with pytest.raises(ValueError, match=message):
+            space["Mine"](**wrong)
+
+
+def test_what_is_loaded_late_is_listed():
+    assert {"Agent", "solve", "agents"} <= set(dir(textrl))
+    assert "_logits" not in repr(textrl.solve(Copy(length=1)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from .generation import generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import actor, attached, collect_stepped, draw_inside, is_bare
+from .stepping import actor, attached, collect_stepped, draw_inside, is_bare, paid_scores
 from .stepwise import StepwiseLM
 from .task import Row, Task
 
@@ -59,7 +60,9 @@ def collect(agent: Agent) -> Rollout:
 
     with attached(agent.env, agent.stepper, agent.own_masks) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
-        return collect_stepped(agent.env, agent.task, act, size, **settings)
+        rollout = collect_stepped(agent.env, agent.task, act, size, **settings)
+    agent.paid_otherwise |= not torch.equal(paid_scores(rollout, agent.env), rollout.scores)
+    return rollout
 
 
 def evaluated_policy(

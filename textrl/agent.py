@@ -32,7 +32,6 @@ from .starting import starting_model
 from .stepping import AnyEnv as AnyEnv
 from .stepping import base_env as base_env
 from .stepping import is_bare as is_bare
-from .stepping import paid_scores
 from .stepwise import StepwiseLM
 from .task import Row, Task
 from .trunk import frozen_blocks
@@ -111,6 +110,7 @@ class Agent:
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone
+        self.paid_otherwise = False  # whether a wrapper was seen to change rewards
         self.seeded = False  # whether the environment that is stepped got its seed
         self.env_born = state.born(env)  # what it was like when the agent came to it
         self.num_timesteps = self.num_updates = 0
@@ -215,9 +215,7 @@ class Agent:
         Where a wrapper changes rewards the two cannot be told apart, and all stays as it is.
         """
         weight = self.score_weight if self.base.kl_coef > 0 else 1.0
-        if rollout.ref_logprobs is None or weight == 1:
-            return rollout
-        if not torch.equal(paid_scores(rollout, self.env), rollout.scores):
+        if rollout.ref_logprobs is None or weight == 1 or self.paid_otherwise:
             return rollout
         penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
         return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,7 +108,8 @@ class Codec:
         SentencePiece and WordPiece are so: "the movie" and the tokens of " was" would become "the moviewas".
         """
         size = len(self._tokenizer)
-        for word in (*"aexo1", *self._decoded([[i] for i in range(0, size, max(1, size // TRIED))])):
+        others = (self._decoded([[i]])[0] for i in range(0, size, max(1, size // TRIED)))
+        for word in chain("aexo1", others):
             try:
                 ids = list(self._tokenizer(word, add_special_tokens=False)["input_ids"])
             except Exception:  # a vocabulary without this word

@@ -106,7 +106,8 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if isinstance(value, np.generic):  # torch and JSON do not take them
             object.__setattr__(config, field.name, value := value.item())
-        check_type(field.name, value, str(field.type))
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)  # without postponed annotations
+        check_type(field.name, value, kind)
 
 
 def is_count(value: Any) -> bool:
@@ -116,7 +117,7 @@ def is_count(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether this is a number, Python's or NumPy's."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +50,8 @@ class Solution:
     score: float
     kl: float
     temperature: float
-    _task: Task
-    _logits: dict[tuple[int, ...], list[Tensor]]
+    _task: Task = field(repr=False)
+    _logits: dict[tuple[int, ...], list[Tensor]] = field(repr=False)
 
     def logits(self, prompt: str, response: str | Sequence[int] = ()) -> Tensor:
         """The optimal policy's next-token logits: (V,) float64; -inf for tokens it never says.

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .flat import touched
-from .probing import agree, once, some_tokens, unremembered
+from .probing import agree, attempt, once, some_tokens, unremembered
+
+LOW = 1e-2
+"""The same states through the same matrix differ by no more, relative, in bfloat16."""
 
 
 class OwnHead(nn.Module):
@@ -70,20 +73,25 @@ def head_of(model: PreTrainedModel) -> nn.Module | None:
 @once
 def _kind(model: PreTrainedModel) -> str | None:
     """Which of the three in `head_of` it is: "plain", "own" or None."""
-    tokens, settings = some_tokens(model, 1, 4), unremembered(model)
-    try:
-        states = model.base_model(input_ids=tokens, **settings).last_hidden_state[0]  # (4, d)
-        own = OwnHead(model)
-        if not agree(own(states), model(input_ids=tokens, **settings).logits[0]):
-            return None
-    except Exception:  # of any kind: somebody else's forward, over a trunk that it was not written for
-        return None
+    tokens, base, own = some_tokens(model, 1, 4), model.base_model, OwnHead(model)
     plain = model.get_output_embeddings()
-    if not isinstance(plain, nn.Module):
-        return "own"
-    try:
-        if states.is_floating_point():  # a cap shows in large logits alone, and nothing in those that are all 0
+    known: list[Tensor] = []
+
+    def is_own() -> bool:
+        """Each state by itself, wherever it stands."""
+        states = base(input_ids=tokens, **unremembered(base)).last_hidden_state[0]  # (4, d)
+        logits = model(input_ids=tokens, **unremembered(model)).logits[0]
+        known.append(states)
+        orders = (slice(None), torch.arange(len(states), device=states.device).flip(0), slice(-1, None))
+        return all(agree(own(states[order]), logits[order], LOW) for order in orders)
+
+    def is_plain() -> bool:
+        """In large logits, where a cap would show; in those that are all 0 nothing does."""
+        (states,) = known
+        if states.is_floating_point():
             states = states * (100 / plain(states).abs().max())
-        return "plain" if agree(plain(states), own(states)) else "own"
-    except Exception:  # likewise: it reads something other than these states
-        return "own"
+        return agree(plain(states), own(states), LOW)
+
+    if not attempt(is_own):
+        return None
+    return "plain" if isinstance(plain, nn.Module) and attempt(is_plain) else "own"

@@ -77,8 +77,11 @@ def prompt_of(row: Mapping[str, Any], task: Task, strict: bool) -> str:
     Raises:
         ValueError: naming the column.
     """
-    own = task.rows if strict else None
-    return text_of(row, "prompt", empty=own is None or not all(each["prompt"].strip() for each in own))
+    prompt = text_of(row, "prompt")
+    own = task.rows if strict and not prompt.strip() else None
+    if own is not None and all(each["prompt"].strip() for each in own):
+        text_of(row, "prompt", empty=False)
+    return prompt
 
 
 def token_ids(row: Mapping[str, Any], column: str, task: Task) -> list[int]:

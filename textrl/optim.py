@@ -121,10 +121,10 @@ class Optimizer:
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """Takes weights that somebody else has set over into their float32 copies."""
+        """Takes weights that somebody else has set over into their float32 copies; those that say the same stay."""
         for parameter, master, written in zip(self.parameters, self.masters, self._written, strict=True):
             if parameter is not master and parameter._version != written:
-                master.copy_(parameter)
+                master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -151,6 +151,7 @@ class Optimizer:
         if math.isfinite(norm):
             for adam in self.adams:
                 adam.step()
+            torch.autograd.graph.increment_version([master for _, master in live])  # a fused step leaves it out
             if low:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])

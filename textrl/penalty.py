@@ -49,10 +49,13 @@ class Penalty:
     ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
         """States (B, L), tokens (B,) -> what is added to the rewards (B,), and the columns of info, (B,) each.
 
+        Of rows that are not `live`, (B,), whose texts have ended, nothing is asked and nobody reads the numbers.
+
         Raises:
-            ValueError: for a policy that gives one of the tokens no finite log-probability; not in rows that are not
-                `live`, (B,), whose numbers nobody reads.
+            ValueError: for a policy that gives one of the tokens no finite log-probability.
         """
+        if live is not None and not live.all():
+            observations, actions = unasked(observations, ~live, self.vocab_size), np.where(live, actions, 0)
         ref_logprobs = chosen_logprobs(self.stepper(observations), actions, temperature)
         if policy is None:
             return kl_coef * ref_logprobs.astype(np.float64), {"ref_logprob": ref_logprobs}
@@ -65,6 +68,14 @@ class Penalty:
             check("policy", float(logprobs[row]), False, right)
         kl = logprobs - ref_logprobs
         return -kl_coef * kl.astype(np.float64), {"ref_logprob": ref_logprobs, "kl": kl}
+
+
+def unasked(observations: NDArray[np.int64], rows: NDArray[np.bool_], vocab_size: int) -> NDArray[np.int64]:
+    """The same with the last token of these rows taken off: the state that was asked about last, (B, L)."""
+    out = observations.copy()
+    (where,) = rows.nonzero()
+    out[where, (observations[where] != vocab_size).sum(1) - 1] = vocab_size
+    return out
 
 
 def policy_logits(policy: Policy, observations: NDArray[np.int64], vocab_size: int) -> Tensor:

@@ -69,7 +69,8 @@ class CausalPolicy:
             return states_at(flat, tokens, rows, columns, below if first else None, first)
         if below is not None and first:
             return states_above(self.model, below, first)[rows, columns]
-        states = self.model.base_model(input_ids=tokens, **{**unremembered(self.model), **forward}).last_hidden_state
+        trunk = self.model.base_model
+        states = trunk(input_ids=tokens, **{**unremembered(trunk), **forward}).last_hidden_state  # (B, S, d)
         return states[rows, columns]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def values_at(
     elif below is not None and blocks:
         chosen = states_above(model, below, blocks)[rows, columns]
     else:
-        chosen = model.base_model(input_ids=tokens, **unremembered(model)).last_hidden_state[rows, columns]
+        chosen = model.base_model(input_ids=tokens, **unremembered(model.base_model)).last_hidden_state[rows, columns]
     head = model.score  # (n, d) -> (n, 1)
     if type(head) is nn.Linear and not touched(head):  # in float32: below it, neighbouring scores would round to one
         bias = None if head.bias is None else head.bias.float()

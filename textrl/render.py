@@ -176,7 +176,7 @@ def draw(picture: Picture, mode: str | None) -> Any:
 
 def show(pictures: Sequence[Picture]) -> None:
     """Writes the pictures to the terminal, one a line."""
-    coded = sys.stdout.encoding or "utf-8"
+    coded = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = "".join(ansi(picture) + "\n" for picture in pictures)
     sys.stdout.write(text.encode(coded, "backslashreplace").decode(coded))  # whatever the terminal can show
     sys.stdout.flush()

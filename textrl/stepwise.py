@@ -38,20 +38,26 @@ class StepwiseLM:
         self._seen: NDArray[np.int64] | None = None
         self._lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._logits: Tensor | None = None
-        self._weights: list[tuple[Any, ...]] = []
+        self._parameters: list[Tensor] = []  # to walk over a model costs as much as a small step
+        self._weights: Any = None
 
     def forget(self) -> None:
-        """Drops what was read; weights that change are seen without it."""
+        """Drops what was read; weights that change in place are seen without it."""
         self._seen = self._slots = self._logits = None
+        self._parameters = list(self.policy.model.parameters())
+
+    def _stamp(self) -> Any:
+        """What is another once weights were changed in place, moved, or given an adapter."""
+        adapters = getattr(self.policy.model, "peft_config", None)
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters], bool(adapters)
 
     @torch.no_grad()
     def __call__(self, observations: NDArray[np.int64]) -> Tensor:
         """Observations (B, L) int64 -> next-token logits (B, V) float32."""
         lengths = (observations != self.fill).sum(1)  # (B,)
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.policy.model.parameters()]
-        if weights != self._weights:  # they have changed, whoever changed them
+        if self._stamp() != self._weights:  # they have changed, whoever changed them
             self.forget()
-            self._weights = weights
+            self._weights = self._stamp()
         if self._seen is None or self._seen.shape != observations.shape:
             self.forget()
             fresh = np.ones(len(observations), dtype=np.bool_)

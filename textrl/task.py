@@ -296,7 +296,7 @@ def _described(key: Any, values: Any, size: int, others: Mapping[str, Any]) -> A
     try:
         column = list(values)
         found = column if all(isinstance(v, str) for v in column) else np.array(column, dtype=np.float64)
-        fine = np.shape(found) == (size,)
+        fine = np.shape(found) == (size,) and not isinstance(values, str)
     except (TypeError, ValueError):
         fine = False
     if not free or not fine:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .heads import head_of
-from .probing import agree, once, some_tokens
+from .probing import agree, attempt, once, some_tokens
 
 
 @once
@@ -26,11 +26,12 @@ def splittable(model: PreTrainedModel) -> bool:
     if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
         return False  # which kind a block is hangs on its place among all of them
     tokens = some_tokens(model, 1, 4)
-    try:
-        whole = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return agree(states_above(model, states_below(model, tokens, 1), 1), whole)
-    except Exception:  # of any kind: somebody else's forward, over a part of its trunk
-        return False
+
+    def whole() -> bool:
+        states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return agree(states_above(model, states_below(model, tokens, 1), 1), states)
+
+    return attempt(whole)
 
 
 def frozen_blocks(model: PreTrainedModel) -> int:

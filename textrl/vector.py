@@ -220,7 +220,6 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         """The KL penalty of a token, for every live row."""
         assert self._penalty is not None
         live, observations = self.running, self._texts.tokens.copy()
-        observations[~live, 1:] = self.task.vocab_size  # of a text that has ended nothing more is asked
         paid, columns = self._penalty(observations, actions, self.kl_coef, self.temperature, self.policy, live)
         rewards[live] += paid[live]
         for key, values in columns.items():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .arguments import check_penalty
 from .env import Info, TextEnv
 from .penalty import Penalty, Policy
+from .scores import shorten
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -130,6 +131,13 @@ def _check_unpaid(env: AnyEnv) -> None:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
 
 
+def _check_said(wrapper: Any, said: Any, given: Any) -> None:
+    """Refuses a wrapper below that changes actions."""
+    if not np.array_equal(said, given):
+        what = f"env must take the actions that it is given, for {type(wrapper).__name__} to know what they cost"
+        raise ValueError(f"{what}; {wrapper.env} took {np.asarray(said).tolist()} in place of {shorten(given)}")
+
+
 def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) -> Policy | None:
     """The policy as it speaks before a step, inside the masks that hold there; None while no episode runs."""
     if policy is None or not begun:
@@ -179,9 +187,8 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         if not live:
             return observation, float(reward), terminated, truncated, info
         length = int((before != self._penalty.vocab_size).sum())
-        if not (terminated or truncated) and (said := int(base.tokens[length])) != action:
-            what = f"env must take the actions that it is given, for {type(self).__name__} to know what they cost"
-            raise ValueError(f"{what}; {self.env} took {said} in place of {action}")
+        if not (terminated or truncated):
+            _check_said(self, base.tokens[length], action)
         added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
@@ -215,8 +222,10 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         before, live = base.tokens, base.running
         policy = _as_before(base.policy, before, bool(live.any()))
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
-        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         ended = np.logical_or(terminations, truncations)
+        lengths, on = (before != self._penalty.vocab_size).sum(1), (live & ~ended).nonzero()[0]
+        _check_said(self, base.tokens[on, lengths[on]], np.asarray(actions)[on])
+        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
                 into[key], into[f"_{key}"] = np.where(rows, values, np.float32(0)), rows.copy()
