@@ -300,3 +300,12 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert cli.main(["doctor", "textrl/Nothing-v0"]) == 2
     assert cli.main(["doctor", ID, "--model", "no/such"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_model_with_another_tokenizer_is_a_fault(tmp_path, capsys):
+    other = textrl.symbol_tokenizer("xyz")
+    small_model(4, 8).save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "model")
+    assert cli.main(["doctor", "textrl/Copy-v0", "--model", str(tmp_path / "model")]) == 1
+    said = capsys.readouterr().out
+    assert "FAULT tokenizer: model" in said and "saved with another tokenizer (4 tokens)" in said

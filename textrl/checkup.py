@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -28,8 +29,8 @@ def doctor_parser(commands: Any) -> None:
 def run_doctor(options: argparse.Namespace) -> int:
     """Prints what each check found; 1 if there is a fault."""
     from .agent import Agent
-    from .doctor import diagnose
-    from .policy import few_threads
+    from .doctor import Finding, diagnose
+    from .models import few_threads, strange_tokenizer
 
     kwargs = parse_env_args(options.env_arg, options.prompts is not None)
     if options.prompts is not None:
@@ -37,10 +38,16 @@ def run_doctor(options: argparse.Namespace) -> int:
     id = check_env_id(options.env)
     kwargs |= training_penalty(options, id)
     kwargs |= own_tokenizer(id, kwargs, options.model)
-    env = gym.make(id, disable_env_checker=True, **kwargs)
-    agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was saved with another tokenizer")  # said below
+        env = gym.make(id, disable_env_checker=True, **kwargs)
+        agent = Agent(env, options.model, seed=options.seed, trainable_layers=options.trainable_layers)
+    found = []
+    for called in ("model", "reference"):
+        if strange := strange_tokenizer(getattr(options, called), agent.tokenizer, called):
+            found.append(Finding("tokenizer", False, strange))
     with few_threads(agent.model):
-        found = diagnose(agent)
+        found += diagnose(agent)
     for finding in found:
         print(escape(str(finding)))
     return int(not all(finding.fine for finding in found))

@@ -149,25 +149,27 @@ def load_model(
         )
     if tokenizer is not None:
         check_vocabulary(model, tokenizer, called)
-        _compare_tokenizers(source, tokenizer, called)
+        if strange := strange_tokenizer(source, tokenizer, called):
+            warnings.warn(strange, stacklevel=3)
     model = cast(without_dropout(model), dtype, device)
     if frozen:
         model.requires_grad_(False)
     return model
 
 
-def _compare_tokenizers(source: Any, tokenizer: PreTrainedTokenizerFast, called: str) -> None:
-    """Warns where a folder holds a tokenizer by which the texts would be other tokens than by this one."""
-    if isinstance(source, (str, Path)) and (Path(source) / "tokenizer.json").is_file():
-        try:
-            own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
-        except ValueError as error:
-            warnings.warn(f"{called} {str(source)!r}: {error}; that of the task is used", stacklevel=4)
-            return
-        if not own.items() <= given.items():
-            what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"
-            mend = f"a task that takes a tokenizer can be given its own, {str(source)!r}"
-            warnings.warn(f"{what} ({len(given)}): texts are other tokens to it; {mend}", stacklevel=4)
+def strange_tokenizer(source: Any, tokenizer: PreTrainedTokenizerFast, called: str) -> str:
+    """What is wrong where a folder holds a tokenizer by which the texts would be other tokens than by this one."""
+    if not isinstance(source, (str, Path)) or not (Path(source) / "tokenizer.json").is_file():
+        return ""
+    try:
+        own, given = load_tokenizer(str(source)).get_vocab(), tokenizer.get_vocab()
+    except ValueError as error:
+        return f"{called} {str(source)!r}: {error}; that of the task is used"
+    if own.items() <= given.items():
+        return ""
+    what = f"{called} {str(source)!r} was saved with another tokenizer ({len(own)} tokens) than the task's"
+    mend = f"a task that takes a tokenizer can be given its own, {str(source)!r}"
+    return f"{what} ({len(given)}): texts are other tokens to it; {mend}"
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTrainedModel:
