@@ -55,7 +55,11 @@ class Agent:
         settings: single fields of the config, as keywords; they win over `config`. `textrl train AGENT --settings` and
             the class of `config_class` list them.
 
-    Attributes:
+    Attributes (those of an agent of one's own need other names):
+        env, base: the environment as it was given, and the `TextEnv` or `TextVectorEnv` inside its wrappers.
+        task, tokenizer: the environment's.
+        policy, stepper: `model` as log-probabilities of whole texts, and token by token.
+        device, rng, generator, modules, optimizer: where and how it learns; `modules` by name are saved and learn.
         model: the policy, a `PreTrainedModel`.
         config: the settings in force.
         num_timesteps: tokens learned from so far.

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 where `doctor` finds a fault; or 2 with one line on stderr for what the user got wrong.
     """
     parser = Parser(prog="textrl", description="Text generation as reinforcement learning.")
+    parser.add_argument("--version", action="version", version=version("gymnasium-textrl"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     envs = commands.add_parser("envs", help="list the environments, or show the page of one")
     envs.add_argument("id", metavar="ID", nargs="?", help="whose page; default: the list")

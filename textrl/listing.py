@@ -72,7 +72,7 @@ def env_cells(id: str, where: Any) -> list[str]:
 def list_agents(options: argparse.Namespace) -> None:
     """Prints every agent with the first line of its file, or all that its file says of itself."""
     if options.agent is not None:
-        print(agent_page(agent_class(options.agent)))
+        print(f"{agent_page(agent_class(options.agent))}\n\nSettings: textrl train {options.agent} --settings")
         return
     for name, cls in agent_classes().items():
         print(f"{name.lower():<12} {agent_page(cls).splitlines()[0]}")
