@@ -103,9 +103,7 @@ def evaluate_logged(options: argparse.Namespace) -> None:
     print(f"{'effective sample size':<22} {found.effective_sample_size:8.1f}  of {found.episodes}")
     print(f"{'mean weight':<22} {found.mean_weight.value:8.4f}  of 1")
     if not found.covered:
-        print(
-            "the mean weight is below 1: the policy says much that no episode holds, so this batch cannot tell"
-        )
+        print("the mean weight is below 1: the policy says much that no episode holds, so this batch cannot tell")
     elif not found.can_tell:
         print("too few episodes count for these intervals to mean anything: this batch cannot tell")
 
