@@ -37,6 +37,7 @@ BASELINES = ("none", "mean", "prompt_mean", "leave_one_out", "value")
 class REINFORCEConfig(AgentConfig):
     """Settings of REINFORCE."""
 
+    cooldown: float = 0.5  # full steps for longer: there is one a batch
     row_clocks: bool = False  # one step a batch: by the far first steps of seldom used rows these come along
     baseline: str = "prompt_mean"  # "none", "mean" (running), "prompt_mean", "leave_one_out", "value" (learned)
     reward_to_go: bool = False  # G counts from token t on; always so with "value"
