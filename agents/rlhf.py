@@ -158,11 +158,11 @@ class _Run:
             self.test_prompts = openings(self.sentences("test"), config.opening_words, seed=0)["prompt"]
         except ValueError as error:
             raise ValueError(f"opening_words must leave openings of sentences: {error}") from None
-        drawn = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
-        longest = (
-            max(len(ids) for ids in self.tokenizer([*drawn, *self.test_prompts])["input_ids"]) + 1
-        )  # a begin token
-        room = longest_text(self.base) - longest
+        known = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
+        held_out = set(self.test_prompts)
+        self.ppo_prompts = [prompt for prompt in known if prompt not in held_out]
+        lengths = map(len, self.tokenizer([*self.ppo_prompts, *chosen, *self.test_prompts])["input_ids"])
+        room = longest_text(self.base) - max(lengths) - 1  # a begin token
         right = f"at most {room}, which is what the model can read after an opening"
         check("max_new_tokens", config.max_new_tokens, config.max_new_tokens <= room, right)
         self.reward_epochs = max(1, round(wanted / (1 + max(self.pairs["group"]))))  # where there are fewer than wanted
@@ -254,11 +254,8 @@ class _Run:
     def ppo(self, folder: Path) -> None:
         """Step 3: PPO on openings that the report does not use."""
         config, sft, scorer = self.config, self.load("sft"), self.scorer()
-        held_out = set(self.test_prompts)
-        known = openings(self.sentences("validation", "train"), config.opening_words, seed=config.seed)["prompt"]
-        prompts = [prompt for prompt in known if prompt not in held_out]
         agent = PPO(
-            self.env(prompts, scorer, sft, config.max_new_tokens),
+            self.env(self.ppo_prompts, scorer, sft, config.max_new_tokens),
             copy.deepcopy(sft),
             critic=scorer,
             learning_rate=config.ppo_learning_rate,

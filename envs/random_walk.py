@@ -38,8 +38,9 @@ class RandomWalk(Task):
     def __init__(self, nodes: int = 6, edges: int = 1, max_new_tokens: int = 5, seed: int = 0) -> None:
         if not 2 <= nodes <= 26:
             raise ValueError(f"nodes must be from 2 to 26; got {nodes!r}")
-        if edges < 0 or seed < 0:
-            raise ValueError(f"edges and seed must be at least 0; got {edges!r} and {seed!r}")
+        for name, number in (("edges", edges), ("seed", seed)):
+            if number < 0:
+                raise ValueError(f"{name} must be at least 0; got {number!r}")
         self.nodes = string.ascii_lowercase[:nodes]
         self.goal = self.nodes[-1]
         rng = np.random.default_rng(seed)

@@ -23,6 +23,7 @@ from transformers import (
 
 import textrl
 from textrl.agents import PPO, TRPO
+from textrl.envs.copy import Copy
 from textrl.generation import generate
 from textrl.heads import OwnHead, head_of
 from textrl.optim import Optimizer
@@ -254,3 +255,21 @@ def test_weights_that_are_set_to_what_they_are_keep_their_float32_copies():
         optimizer.step()
         model.load_state_dict(copy.deepcopy(model.state_dict()))
     assert float(optimizer.get_weights()[-2].mean()) == pytest.approx(1 - 8e-5, abs=1e-6)
+
+
+def test_backward_hooks_are_called():
+    model = small_model(V, 32)
+    calls = []
+    model.transformer.h[0].register_full_backward_hook(lambda *_: calls.append(1))
+    hidden = CausalPolicy(model, V).hidden(torch.tensor([[0, 1, 2]]), torch.tensor([0]), torch.tensor([2]))
+    hidden.sum().backward()
+    assert calls == [1]
+
+
+def test_a_critic_that_knows_fewer_tokens_and_one_that_was_not_saved_are_refused(tmp_path):
+    env = textrl.TextEnv(Copy())  # four tokens
+    with pytest.raises(ValueError, match="critic must be one of 4; got 'a model of 3 tokens'"):
+        PPO(env, small_model(4, 16), critic=value_model(small_model(3, 16)))
+    PPO(env, small_model(4, 16), batch_size=4).save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"agent' holds no value_head: make the agent with the settings that it was"):
+        PPO.load(tmp_path / "agent", env, critic="shared")

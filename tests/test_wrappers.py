@@ -407,7 +407,7 @@ def test_the_penalty_is_whole_wherever_it_is_paid():
 
 def test_a_wrapper_that_changes_actions_is_refused():
     env = gym.wrappers.TransformAction(textrl.TextEnv(Copy()), lambda a: (a + 1) % 4, None)
-    with pytest.raises(ValueError, match=r"env must take the tokens that its agent draws; .* took . in place of ."):
+    with pytest.raises(ValueError, match=r"env must take the tokens that it is given, .* took . in place of ."):
         REINFORCE(env, batch_size=8, device="cpu").collect()
 
 
@@ -488,7 +488,7 @@ def test_a_penalty_above_a_wrapper_that_changes_actions_is_refused():
     inner = textrl.TextEnv(task)
     env = KLPenalty(gym.wrappers.TransformAction(inner, lambda action: 2, inner.action_space), tiny(task), 0.5)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"must take the actions that it is given.*took 2 in place of 1"):
+    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took 2 in place of 1"):
         env.step(1)
 
 
@@ -516,5 +516,5 @@ def test_a_vector_penalty_asks_nothing_of_rows_that_reset_and_refuses_changed_ac
     changed = vector_wrappers.TransformAction(inner, lambda actions: np.full(2, 2), action_space=inner.action_space)
     envs = VectorKLPenalty(changed, tiny(task), 0.5)
     envs.reset(seed=0)
-    with pytest.raises(ValueError, match=r"must take the actions that it is given.*took \[2, 2\] in place of"):
+    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2, 2\] in place of \[1, 1\]"):
         envs.step(np.array([1, 1]))

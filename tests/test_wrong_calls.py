@@ -318,7 +318,8 @@ def test_columns_that_come_and_go_are_refused():
     [
         (Brackets, {"depth": 30, "length": 30}, "depth must be from 1 to 13; got 30"),
         (Arithmetic, {"largest": 10_000}, "largest must be from 0 to 99; got 10000"),
-        (RandomWalk, {"edges": -1}, "edges and seed must be at least 0"),
+        (RandomWalk, {"edges": -1}, "edges must be at least 0; got -1"),
+        (RandomWalk, {"seed": -2}, "seed must be at least 0; got -2"),
         (Bandit, {"payoffs": "ab"}, "payoffs must be finite numbers; got 'ab'"),
         (Bandit, {"payoffs": [float("nan")]}, "payoffs must be finite numbers"),
     ],

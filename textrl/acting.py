@@ -18,7 +18,7 @@ from .generation import generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import actor, attached, collect_stepped, draw_inside, is_bare, paid_scores
+from .stepping import Act, actor, attached, collect_stepped, draw_inside, is_bare, paid_scores
 from .stepwise import StepwiseLM
 from .task import Row, Task
 
@@ -55,12 +55,9 @@ def collect(agent: Agent) -> Rollout:
         )
     seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
 
-    def act(observations: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
-        return in_environment(agent, observations)
-
     with attached(agent.env, agent.stepper, agent.own_masks) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
-        rollout = collect_stepped(agent.env, agent.task, act, size, **settings)
+        rollout = collect_stepped(agent.env, agent.task, _actor(agent), size, **settings)
     agent.paid_otherwise |= not torch.equal(paid_scores(rollout, agent.env), rollout.scores)
     return rollout
 
@@ -88,11 +85,13 @@ def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
     )
 
 
-def in_environment(
-    agent: Agent, observations: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float32], Masks]:
-    """Tokens for the observations the environment shows now, their log-probabilities, and the masks that held."""
-    return actor(agent.env, agent.stepper, agent.base.temperature, agent.generator, agent.own_masks)(observations)
+def in_environment(agent: Agent, observations: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens for the observations the environment shows now: (N, L) -> (N,)."""
+    return _actor(agent)(observations)[0]
+
+
+def _actor(agent: Agent) -> Act:
+    return actor(agent.env, agent.stepper, agent.base.temperature, agent.generator, agent.own_masks)
 
 
 def on_observation(

@@ -286,7 +286,7 @@ class Agent:
 
     def act(self, observations: NDArray[np.int64]) -> NDArray[np.int64]:
         """Draws one token for each observation that the environment shows now: (N, L) int64 -> (N,) int64."""
-        return acting.in_environment(self, observations)[0]
+        return acting.in_environment(self, observations)
 
     def predict(
         self,

@@ -136,8 +136,9 @@ def check_actions(actions: Any, num_envs: int, vocab_size: int, ignored: NDArray
     """
     try:
         array = np.asarray(actions)
-    except ValueError:  # lists of different lengths
-        array = np.array([0.0])
+    except ValueError:
+        said = f"actions must be {num_envs} integer token ids; got lists of different lengths, {shorten(actions)}"
+        raise ValueError(said) from None
     if len(ignored) and array.shape == (num_envs,):
         array = array.copy()
         array[ignored] = 0

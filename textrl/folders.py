@@ -41,9 +41,7 @@ def whole_folder(folder: Path, scorer: bool = False) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).exists())):
         raise ValueError(f"folder must be empty, new, or hold {MANIFEST}; {str(folder)!r} holds something else")
-    if (kind := kind_in(folder)) is not None and (kind in SCORERS) != scorer:
-        right = "a reward model" if scorer else "an agent"
-        raise ValueError(f"folder must be empty, new, or hold {right}; {str(folder)!r} holds {kind!r}")
+    check_kind(folder, scorer)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{PART}", dir=folder.parent))
@@ -66,6 +64,17 @@ def whole_folder(folder: Path, scorer: bool = False) -> Iterator[Path]:
             old.rename(folder)
         for each in (part, old):
             shutil.rmtree(each, ignore_errors=True)
+
+
+def check_kind(folder: Path, scorer: bool) -> None:
+    """Refuses to replace an agent with a reward model, or the reverse.
+
+    Raises:
+        ValueError: naming what the folder holds.
+    """
+    if (kind := kind_in(folder)) is not None and (kind in SCORERS) != scorer:
+        right = "a reward model" if scorer else "an agent"
+        raise ValueError(f"folder must be empty, new, or hold {right}; {str(folder)!r} holds {kind!r}")
 
 
 def _remove_leftovers(folder: Path) -> None:

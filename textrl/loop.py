@@ -73,7 +73,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     if run.resume and saved is not None:
         saved.go_on(lambda found: checkpoint.restore(agent, found))
     elif saved is not None and agent.num_updates == 0:
-        saved.clear(type(agent).__name__)  # those of a run that was here before
+        saved.clear(scorer=False)  # those of a run that was here before
     call = agent.call = _this_call(agent, total, run.checkpoint_every)
     start, goal = call["start"], call["start"] + call["total"]
     log = RunLog(

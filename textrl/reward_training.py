@@ -261,7 +261,7 @@ def train_reward_model(
     if resume and saved is not None:
         saved.go_on(training.restore)
     elif saved is not None:
-        saved.clear(SCORER_IN_TRAINING)  # those of a training that was here before
+        saved.clear(scorer=True)  # those of a training that was here before
     now = training.now
     now.next = now.next or (checkpoint_every or 0)
     log = RunLog(

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from .disk import sync
-from .folders import SCORER_IN_TRAINING, CheckpointError, verify
+from .folders import CheckpointError, check_kind
 
 FOLDER, BEST = "checkpoints", "best"
 
@@ -76,22 +76,18 @@ class Checkpoints:
                 sys.stderr.write(f"textrl: {error}; going on from the checkpoint before it\n")
                 self._remove(folder)
 
-    def clear(self, of: str | None = None) -> None:
+    def clear(self, scorer: bool | None = None) -> None:
         """Removes all of them: what they were for is done.
 
         Args:
-            of: whose they are, as their manifests say; None: whoever's.
+            scorer: whether they are a reward model's, and no agent's; None: whoever's.
 
         Raises:
-            ValueError: where they are of another kind.
+            ValueError: where they are of the other kind.
         """
-        for step in self.steps()[:1] if of is not None else ():
-            try:
-                found = verify(self.path(step))["agent"]
-            except CheckpointError:
-                continue
-            if (found == SCORER_IN_TRAINING) != (of == SCORER_IN_TRAINING):
-                raise ValueError(f"log_dir {str(self.run)!r} holds checkpoints of a {found}: choose another folder")
+        if scorer is not None:
+            for step in self.steps():
+                check_kind(self.path(step), scorer)
         (self.run / BEST).unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)

@@ -25,7 +25,7 @@ from .scores import about
 from .task import FAULT, Row, Task
 from .vector import TextVectorEnv
 from .wrappers import AnyEnv as AnyEnv
-from .wrappers import KLPenalty, VectorKLPenalty
+from .wrappers import KLPenalty, VectorKLPenalty, check_taken
 
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
 """observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
@@ -228,7 +228,7 @@ def collect_stepped(
             episode.logprobs.append(float(logprobs[i]))
             episode.rewards.append(float(rewards[i]) - missing_penalty * float(logprobs[i]))
             episode.masks.extend([] if masks is None else [masks[i]])
-            _check_taken(env, None if ended[i] else _written(observations[i], task), int(actions[i]))
+            _check_row(env, None if ended[i] else _written(observations[i], task), int(actions[i]))
             said = infos.get("final_info", infos) if ended[i] and mode == AutoresetMode.SAME_STEP else infos
             if "ref_logprob" in said:
                 episode.ref_logprobs.append(float(said["ref_logprob"][i]))
@@ -256,10 +256,10 @@ def _begun(env: Any, observations: NDArray[np.int64], i: int, task: Task) -> _Ep
     return _Episode(_written(observations[i], task), row)
 
 
-def _check_taken(env: Any, text: NDArray[np.int64] | None, action: int) -> None:
-    """Refuses a wrapper that changes actions: nobody knows the log-probabilities of what it takes in their place."""
-    if text is not None and text[-1] != action:
-        raise ValueError(f"env must take the tokens that its agent draws; {env} took {text[-1]} in place of {action}")
+def _check_row(env: Any, text: NDArray[np.int64] | None, action: int) -> None:
+    """That a text ends with the token that was given; None: it has ended, and is not seen any more."""
+    if text is not None:
+        check_taken(env, text[-1], action)
 
 
 def _finite(actions: NDArray[np.int64], logprobs: NDArray[np.float32], masks: NDArray[np.bool_] | None) -> Any:

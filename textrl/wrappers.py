@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from .arguments import check_penalty
 from .env import Info, TextEnv
 from .penalty import Penalty, Policy
-from .scores import shorten
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -131,11 +130,15 @@ def _check_unpaid(env: AnyEnv) -> None:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
 
 
-def _check_said(wrapper: Any, said: Any, given: Any) -> None:
-    """Refuses a wrapper below that changes actions."""
-    if not np.array_equal(said, given):
-        what = f"env must take the actions that it is given, for {type(wrapper).__name__} to know what they cost"
-        raise ValueError(f"{what}; {wrapper.env} took {np.asarray(said).tolist()} in place of {shorten(given)}")
+def check_taken(env: Any, taken: Any, given: Any) -> None:
+    """Refuses an environment some wrapper of which changes actions: nobody knows what the others cost.
+
+    Raises:
+        ValueError: with both.
+    """
+    if not np.array_equal(taken, given):
+        took = f"{env} took {np.asarray(taken).tolist()} in place of {np.asarray(given).tolist()}"
+        raise ValueError(f"env must take the tokens that it is given, for their log-probabilities to be known; {took}")
 
 
 def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) -> Policy | None:
@@ -188,7 +191,7 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
             return observation, float(reward), terminated, truncated, info
         length = int((before != self._penalty.vocab_size).sum())
         if not (terminated or truncated):
-            _check_said(self, base.tokens[length], action)
+            check_taken(self.env, base.tokens[length], action)
         added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
@@ -224,7 +227,7 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         ended = np.logical_or(terminations, truncations)
         lengths, on = (before != self._penalty.vocab_size).sum(1), (live & ~ended).nonzero()[0]
-        _check_said(self, base.tokens[on, lengths[on]], np.asarray(actions)[on])
+        check_taken(self.env, base.tokens[on, lengths[on]], np.asarray(actions)[on])
         added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
