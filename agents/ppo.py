@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
-from textrl.critic import Critic, with_advantages
+from textrl.critic import with_advantages
 from textrl.heads import head_of
 from textrl.kl import AdaptiveKL, k3
 from textrl.memory import mean_of
@@ -32,8 +32,7 @@ from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
 from textrl.stepping import paid_scores
-from textrl.stepwise import check_positions
-from textrl.textcritic import TextCritic, same_tokenizer
+from textrl.textcritic import separate_critic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +151,11 @@ class PPO(Agent):
             self.modules["value_head"] = self.value_head
             self.state_value = self._of_state
         else:
-            self.value, self.critic = self._separate_critic(self._critic_from)
-            self.modules["critic"] = self.critic
+            made = separate_critic(self.policy, self._critic_from, self.task, self.config.trainable_layers)
+            self.value, self.critic = made.value, made.model
+            self.modules["critic"] = made.model
+            if made.tokenizer is not None:
+                self.tokenizers["critic"] = made.tokenizer
         self.kl = None
         if self.config.kl_target is not None:
             penalised = self.base.reference is not None and self.base.kl_coef > 0  # what is 0 cannot follow
@@ -161,21 +163,6 @@ class PPO(Agent):
             one = not isinstance(self.env.unwrapped, SyncVectorEnv)  # each of its environments has a coefficient
             check("kl_target", self.config.kl_target, one, "None for a SyncVectorEnv")
             self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
-
-    def _separate_critic(
-        self, start: RewardModel | PreTrainedModel | None
-    ) -> tuple[Callable[[Rollout], Tensor], PreTrainedModel]:
-        """The critic and its model; a reward model's tokenizer comes along where it is not the policy's."""
-        scalar = start.model if isinstance(start, RewardModel) else start
-        critic = Critic(self.policy, scalar or self.model, self.config.trainable_layers)
-        if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, self.tokenizer):
-            self.tokenizers["critic"] = start.tokenizer
-            critic.model.config.score_options = start.options  # for `load`
-            return TextCritic(critic.model, start.tokenizer, self.task, start.special_tokens), critic.model
-        check_positions("critic", critic.model, self.task)
-        known: int = critic.model.config.get_text_config().vocab_size
-        check("critic", f"a model of {known} tokens", known >= self.task.vocab_size, f"one of {self.task.vocab_size}")
-        return critic, critic.model
 
     # ---- one batch -------------------------------------------------------------------------------------------
 

@@ -1,19 +1,22 @@
-"""A critic with a tokenizer of its own: it reads the text so far, where the policy reads tokens."""
+"""A critic apart from the policy; one with a tokenizer of its own reads the text so far, and no tokens of the policy."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .config import check
+from .critic import Critic
 from .models import longest_text
-from .policy import values_at
+from .policy import CausalPolicy, values_at
+from .rewards import RewardModel
 from .rollout import Rollout
+from .stepwise import check_positions
 from .task import Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 REMEMBERED = 8192
 """Texts whose tokens are kept: the epochs over a batch read the same ones again."""
@@ -94,3 +97,37 @@ class TextCritic:
 def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Whether two tokenizers give the same ids for every text."""
     return one is other or one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+
+
+class SeparateCritic(NamedTuple):
+    """A critic of its own trunk: its values of a batch, its model, and its tokenizer where that is its own too."""
+
+    value: Callable[[Rollout], Tensor]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast | None = None
+
+
+def separate_critic(
+    policy: CausalPolicy, start: RewardModel | PreTrainedModel | None, task: Task, trainable_layers: int | None
+) -> SeparateCritic:
+    """A critic that starts from a reward model, with its tokenizer where it is not the policy's, or another model.
+
+    Args:
+        policy: as for `Critic`.
+        start: whose trunk is copied; None: the policy's.
+        task: whose texts are read.
+        trainable_layers: as for the policy.
+
+    Raises:
+        ValueError: for a model that cannot read the task's texts or does not know all tokens.
+    """
+    scalar = start.model if isinstance(start, RewardModel) else start
+    critic = Critic(policy, scalar or policy.model, trainable_layers)
+    if isinstance(start, RewardModel) and not same_tokenizer(start.tokenizer, task.tokenizer):
+        critic.model.config.score_options = start.options  # for `load`
+        value = TextCritic(critic.model, start.tokenizer, task, start.special_tokens)
+        return SeparateCritic(value, critic.model, start.tokenizer)
+    check_positions("critic", critic.model, task)
+    known: int = critic.model.config.get_text_config().vocab_size
+    check("critic", f"a model of {known} tokens", known >= task.vocab_size, f"one of {task.vocab_size}")
+    return SeparateCritic(critic, critic.model)
