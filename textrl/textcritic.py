@@ -1,4 +1,4 @@
-"""A critic apart from the policy; one with a tokenizer of its own reads the text so far, and no tokens of the policy."""
+"""A critic apart from the policy; one with a tokenizer of its own reads the text so far, not the policy's tokens."""
 
 from __future__ import annotations
 
