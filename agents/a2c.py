@@ -13,7 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, allowed_at, check
+from textrl.acting import allowed_at
+from textrl.agent import Agent
+from textrl.config import AgentConfig, check
 from textrl.critic import Critic, value_loss, with_advantages
 from textrl.rollout import Rollout
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from textrl.acting import responses_to
-from textrl.agent import Agent, AgentConfig, check, is_bare
+from textrl.agent import Agent
+from textrl.config import AgentConfig, check
 from textrl.drawing import Sampling
+from textrl.formats import Row
 from textrl.rollout import Rollout, sample_episodes
 from textrl.scores import ScoreError, shorten
-from textrl.task import Row
+from textrl.stepping import is_bare
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, AnyEnv, check
-from textrl.batch import prompt_groups
+from textrl.agent import Agent
+from textrl.batch import batched_logprobs, prompt_groups
+from textrl.config import AgentConfig, check
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
 from textrl.offline import Epochs
 from textrl.returns import masked_mean
-from textrl.rollout import Rollout, batched_logprobs
+from textrl.rollout import Rollout
+from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset

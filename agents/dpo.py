@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.agent import Agent
+from textrl.batch import batched_logprobs, microbatches
+from textrl.config import AgentConfig, check
 from textrl.files import Rows, dataset_rows
 from textrl.offline import Epochs, digest, given_rollout
 from textrl.pairs import SIDES, AskedOnce, HeldOut, Pair, encoded_pairs, hold_out
 from textrl.policy import CausalPolicy
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
-from textrl.rollout import Rollout, batched_logprobs, microbatches
+from textrl.rollout import Rollout
+from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, check
+from textrl.agent import Agent
+from textrl.config import AgentConfig, check
 from textrl.kl import k3
 from textrl.memory import mean_of
 from textrl.returns import group_normalised, leave_one_out, masked_mean

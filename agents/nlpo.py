@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from textrl.adapters import frozen_copy
-from textrl.agent import AgentConfig, check
+from textrl.config import AgentConfig, check
 from textrl.drawing import within_top_p
 from textrl.policy import CausalPolicy
 from textrl.rollout import Rollout

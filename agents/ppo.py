@@ -22,17 +22,20 @@ from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textrl.agent import Agent, AgentConfig, AnyEnv, allowed_at, check
+from textrl.acting import allowed_at
+from textrl.agent import Agent
+from textrl.config import AgentConfig, check
 from textrl.critic import with_advantages
 from textrl.heads import head_of
 from textrl.kl import AdaptiveKL, k3
 from textrl.memory import mean_of
-from textrl.policy import load_scalar
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
+from textrl.scalars import load_scalar
 from textrl.stepping import paid_scores
 from textrl.textcritic import separate_critic
+from textrl.wrappers import AnyEnv
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, check
+from textrl.agent import Agent
 from textrl.batch import prompt_groups
+from textrl.config import AgentConfig, check
 from textrl.critic import Critic, batched_values, bootstrapped, value_loss
 from textrl.returns import discounted_returns, leave_one_out, masked_mean, masked_var, mean_of_others
 from textrl.rollout import Rollout

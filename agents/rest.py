@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, AnyEnv, check, is_bare
+from textrl.agent import Agent
 from textrl.batch import prompt_groups
+from textrl.config import AgentConfig, check
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
 from textrl.memory import mean_of
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout, collect_sampled
+from textrl.stepping import is_bare
+from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset

@@ -29,11 +29,12 @@ from textrl.adapters import new_scalar
 from textrl.config import check
 from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
-from textrl.models import cast, longest_text
-from textrl.policy import CausalPolicy, load_model, pick_device, pick_dtype
+from textrl.models import cast, load_model, longest_text, pick_device, pick_dtype
+from textrl.policy import CausalPolicy
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.render import escape
-from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+from textrl.reward_training import RewardModelConfig, train_reward_model
+from textrl.rewards import RewardModel
 from textrl.rollout import Rollout, sample_episodes
 from textrl.runs import Checkpoints
 from textrl.trained import RUN

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from textrl.agent import Agent, AgentConfig, AnyEnv, check
+from textrl.agent import Agent
+from textrl.config import AgentConfig, check
 from textrl.files import Rows, dataset_rows, read_rows
 from textrl.offline import Epochs, digest, example_ids, given_rollout
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
+from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,11 +21,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from textrl.agent import Agent, AgentConfig, allowed_at, check
+from textrl.acting import allowed_at
+from textrl.agent import Agent
+from textrl.batch import microbatches
+from textrl.config import AgentConfig, check
 from textrl.critic import Critic, value_loss, with_advantages
 from textrl.kl import full_kl
-from textrl.policy import trainable
-from textrl.rollout import Rollout, microbatches
+from textrl.models import trainable
+from textrl.rollout import Rollout
 
 Product = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,8 @@ from gymnasium.vector import AutoresetMode
 
 import textrl
 from textrl.envs.copy import Copy
-from textrl.policy import CausalPolicy, small_model
+from textrl.models import small_model
+from textrl.policy import CausalPolicy
 
 Clock = Callable[[], float]
 Run = Callable[[float, Clock], tuple[int, float]]

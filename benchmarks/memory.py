@@ -11,7 +11,7 @@ import tempfile
 import gymnasium as gym
 
 from textrl.agents import PPO
-from textrl.policy import small_model
+from textrl.models import small_model
 
 
 def resident() -> int:

@@ -36,7 +36,8 @@ from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 import textrl
 from textrl.agents import DPO, GRPO, REINFORCE, SFT
-from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+from textrl.reward_training import RewardModelConfig, train_reward_model
+from textrl.rewards import RewardModel
 
 COMMON: dict[str, Any] = {
     "output_dir": "runs/trl", "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "bf16": False,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from textrl.task import Row, Task, symbol_tokenizer
+from textrl.formats import Row
+from textrl.symbols import symbol_tokenizer
+from textrl.task import Task
 
 LARGEST = 99
 """10,000 prompts."""

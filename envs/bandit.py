@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from textrl.config import is_number
-from textrl.task import Row, Task, symbol_tokenizer
+from textrl.formats import Row
+from textrl.symbols import symbol_tokenizer
+from textrl.task import Task
 
 
 class Bandit(Task):

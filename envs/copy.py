@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from textrl.task import Row, Task, symbol_tokenizer
+from textrl.formats import Row
+from textrl.symbols import symbol_tokenizer
+from textrl.task import Task
 
 MOST_PROMPTS = 10_000
 LONGEST = 1_000

@@ -7,7 +7,9 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from textrl.task import Row, Task, symbol_tokenizer
+from textrl.formats import Row
+from textrl.symbols import symbol_tokenizer
+from textrl.task import Task
 
 SIDES = 6
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from textrl.task import Row, Task, symbol_tokenizer
+from textrl.formats import Row
+from textrl.symbols import symbol_tokenizer
+from textrl.task import Task
 
 from .copy import shares_right, strings
 

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from textrl.fetch import cache_dir, smollm2
+from textrl.formats import Row
+from textrl.scores import call_score
 from textrl.symbols import load_tokenizer
-from textrl.task import Row, Task, call_score
+from textrl.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

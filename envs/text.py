@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl.files import prompt_rows, text_of
+from textrl.formats import Row
 from textrl.remote import RemoteScore
-from textrl.symbols import load_tokenizer
-from textrl.task import Row, Task, call_score, shorten, symbol_tokenizer
+from textrl.scores import call_score, shorten
+from textrl.symbols import load_tokenizer, symbol_tokenizer
+from textrl.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import textrl
 from textrl.collecting import collect
-from textrl.policy import small_model
+from textrl.models import small_model
 
 
 def one_hot(observations: NDArray[np.int64], width: int) -> NDArray[np.float32]:

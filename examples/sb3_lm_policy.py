@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 import textrl
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.sb3 import CausalLMPolicy, TextVecEnv
 
 

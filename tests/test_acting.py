@@ -8,7 +8,7 @@ import textrl
 from textrl.acting import _response
 from textrl.agents import GRPO, NLPO
 from textrl.envs.copy import Copy
-from textrl.policy import small_model
+from textrl.models import small_model
 
 
 class Halves(textrl.Task):

@@ -15,7 +15,7 @@ import textrl
 from textrl.agents import PPO, REINFORCE
 from textrl.envs.copy import Copy
 from textrl.loop import _due
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.returns import masked_mean
 
 ID = "textrl/Copy-v0"

@@ -17,8 +17,8 @@ from textrl.agents.reinforce import policy_gradient_loss
 from textrl.agents.trpo import conjugate_gradient, surrogate
 from textrl.critic import value_loss
 from textrl.kl import full_kl
+from textrl.models import small_model
 from textrl.optim import RowAdam
-from textrl.policy import small_model
 from textrl.rollout import Rollout
 from textrl.tabular import tabular_model
 

@@ -26,8 +26,10 @@ from textrl.agents import PPO, TRPO
 from textrl.envs.copy import Copy
 from textrl.generation import generate
 from textrl.heads import OwnHead, head_of
+from textrl.models import small_model
 from textrl.optim import Optimizer
-from textrl.policy import CausalPolicy, small_model, value_model, values_at
+from textrl.policy import CausalPolicy, values_at
+from textrl.scalars import value_model
 from textrl.stepwise import StepwiseLM
 from textrl.trunk import frozen_blocks
 

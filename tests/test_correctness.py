@@ -13,21 +13,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import textrl
 from textrl.agents import PPO, REINFORCE, SFT
+from textrl.batch import microbatches, pad_responses
 from textrl.drawing import Sampling, draw
 from textrl.envs.copy import Copy
 from textrl.generation import generate
+from textrl.models import load_model, small_model, train_last_layers
 from textrl.optim import Optimizer
-from textrl.policy import (
-    CausalPolicy,
-    alike,
-    load_model,
-    small_model,
-    train_last_layers,
-    value_model,
-    values_at,
-)
-from textrl.rewards import RewardModel, RewardModelConfig, preference_loss, train_reward_model
-from textrl.rollout import microbatches, pad_responses, sample_episodes
+from textrl.policy import CausalPolicy, alike, values_at
+from textrl.reward_training import RewardModelConfig, preference_loss, train_reward_model
+from textrl.rewards import RewardModel
+from textrl.rollout import sample_episodes
+from textrl.scalars import value_model
 from textrl.trunk import frozen_blocks, same_blocks, states_below
 
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from textrl import cli
-from textrl.checkpoint import MANIFEST, CheckpointError, verify
-from textrl.policy import load_model
+from textrl.folders import MANIFEST, CheckpointError, verify
+from textrl.models import load_model
 from textrl.rewards import RewardModel
 from textrl.runs import Checkpoints
-from textrl.task import symbol_tokenizer
+from textrl.symbols import symbol_tokenizer
 
 FLAGS = ["--env", "textrl/Copy-v0", "--batch-size", "16", "--total-timesteps", "300", "--checkpoint-every", "60"]
 

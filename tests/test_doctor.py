@@ -12,8 +12,8 @@ from tokenizers import normalizers
 import textrl
 from textrl import cli, registration
 from textrl.doctor import CHECKS, diagnose
+from textrl.models import small_model
 from textrl.patient import Patient
-from textrl.policy import small_model
 from textrl.registration import registered
 
 ID = "textrl/Copy-v0"

@@ -18,7 +18,8 @@ from textrl.critic import Critic, bootstrapped, with_advantages
 from textrl.episodes import take_in
 from textrl.flat import flat_of
 from textrl.generation import generate
-from textrl.policy import CausalPolicy, small_model
+from textrl.models import small_model
+from textrl.policy import CausalPolicy
 from textrl.returns import explained_variance
 from textrl.slots import Slots, cacheable, slots_for
 from textrl.tabular import tabular_model

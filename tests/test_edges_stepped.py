@@ -18,14 +18,16 @@ import textrl
 from textrl import cli, collecting, enumeration
 from textrl.agents import NLPO, REINFORCE
 from textrl.asking import Asking, ask
+from textrl.batch import batched_logprobs
 from textrl.collecting import collect
 from textrl.envs.copy import Copy
 from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact, solve
+from textrl.models import small_model, train_last_layers
 from textrl.optim import Optimizer
 from textrl.patient import Patient
-from textrl.policy import CausalPolicy, small_model, train_last_layers
-from textrl.rollout import batched_logprobs, masks_along
+from textrl.policy import CausalPolicy
+from textrl.rollout import masks_along
 from textrl.scores import ScoreUnavailable
 from textrl.stepping import penalty_weight
 from textrl.stepwise import check_positions

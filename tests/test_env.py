@@ -9,8 +9,9 @@ from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.proxy_gold import ProxyGold
 from textrl.envs.random_walk import RandomWalk
+from textrl.models import small_model
 from textrl.penalty import chosen_logprobs
-from textrl.policy import CausalPolicy, small_model
+from textrl.policy import CausalPolicy
 from textrl.rollout import collect_sampled
 from textrl.stepwise import frozen_reference
 

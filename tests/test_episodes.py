@@ -16,13 +16,15 @@ minari = pytest.importorskip("minari")
 
 import textrl  # noqa: E402
 from textrl.agents import BPO, REINFORCE  # noqa: E402
+from textrl.batch import batched_logprobs  # noqa: E402
 from textrl.collecting import collect  # noqa: E402
 from textrl.envs.copy import Copy  # noqa: E402
 from textrl.episodes import as_episodes, open_dataset, read_episodes  # noqa: E402
+from textrl.models import small_model  # noqa: E402
 from textrl.ope import ope  # noqa: E402
-from textrl.policy import CausalPolicy, small_model  # noqa: E402
-from textrl.rollout import Rollout, batched_logprobs, collect_sampled  # noqa: E402
-from textrl.task import symbol_tokenizer  # noqa: E402
+from textrl.policy import CausalPolicy  # noqa: E402
+from textrl.rollout import Rollout, collect_sampled  # noqa: E402
+from textrl.symbols import symbol_tokenizer  # noqa: E402
 
 
 class Vowels(textrl.Task):

@@ -11,7 +11,8 @@ import torch
 
 import textrl
 from textrl.exact import evaluate_exact, exact_critic, exact_gradient, solve
-from textrl.policy import CausalPolicy, small_model, values_at
+from textrl.models import small_model
+from textrl.policy import CausalPolicy, values_at
 from textrl.tabular import tabular_model
 
 

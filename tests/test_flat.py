@@ -18,7 +18,9 @@ from textrl.drawing import Sampling
 from textrl.envs.copy import Copy
 from textrl.flat import FlatGPT2, FlatLlama, attention, flat_of
 from textrl.generation import generate
-from textrl.policy import CausalPolicy, recompute_blocks, small_model, value_model, values_at, without_dropout
+from textrl.models import recompute_blocks, small_model, without_dropout
+from textrl.policy import CausalPolicy, values_at
+from textrl.scalars import value_model
 from textrl.stepwise import StepwiseLM
 from textrl.trunk import frozen_blocks
 

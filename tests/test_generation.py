@@ -8,11 +8,13 @@ from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForC
 
 import textrl
 from textrl.agents import PPO
+from textrl.batch import batched_logprobs
 from textrl.drawing import Sampling, draw, within_top_p
 from textrl.envs.copy import Copy
 from textrl.generation import generate, stop_at
-from textrl.policy import CausalPolicy, small_model
-from textrl.rollout import batched_logprobs, collect_sampled
+from textrl.models import small_model
+from textrl.policy import CausalPolicy
+from textrl.rollout import collect_sampled
 from textrl.slots import cacheable
 
 TOKENIZER = textrl.symbol_tokenizer(["a", "b", "c", "ab", "bc"])

@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 import textrl
 from textrl.envs.copy import Copy
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.registration import registered
 
 ROOT = Path(__file__).parent.parent

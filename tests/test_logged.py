@@ -9,7 +9,7 @@ import torch
 from textrl import cli
 from textrl.agents import BPO, ReST
 from textrl.episodes import as_episodes, read_episodes, take_in
-from textrl.policy import small_model
+from textrl.models import small_model
 
 minari = pytest.importorskip("minari")
 

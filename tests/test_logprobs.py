@@ -13,7 +13,9 @@ import textrl.logprobs
 from textrl.agents import PPO
 from textrl.critic import batched_values
 from textrl.logprobs import token_logprobs
-from textrl.policy import CausalPolicy, small_model, value_model, values_at
+from textrl.models import small_model
+from textrl.policy import CausalPolicy, values_at
+from textrl.scalars import value_model
 
 N, D, V = 37, 8, 11
 

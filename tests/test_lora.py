@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import textrl
 from textrl.adapters import adapted_critic, add_adapter, base_weights, has_adapter, lies_at, share_base, twin
 from textrl.agents import A2C, DPO, GRPO, NLPO, PPO, REINFORCE, SFT, TRPO
-from textrl.policy import CausalPolicy, load_model, small_model
+from textrl.batch import batched_logprobs
+from textrl.models import load_model, small_model
+from textrl.policy import CausalPolicy
 from textrl.rewards import RewardModel
-from textrl.rollout import batched_logprobs
 
 peft = pytest.importorskip("peft")
 

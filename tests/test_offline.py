@@ -16,12 +16,13 @@ from textrl.agents.best_of_n import best_of_groups, kl_bound
 from textrl.agents.bpo import advantage_weights, best_of_each, truncated_advantages
 from textrl.agents.dpo import ipo_loss, sigmoid_loss
 from textrl.agents.rest import keep_weights
-from textrl.batch import prompt_groups
+from textrl.batch import batched_logprobs, microbatches, prompt_groups
 from textrl.exact import evaluate_exact
+from textrl.models import small_model
 from textrl.offline import Epochs, encode_response, given_rollout
-from textrl.policy import CausalPolicy, small_model
-from textrl.rollout import Rollout, batched_logprobs, microbatches
-from textrl.task import symbol_tokenizer
+from textrl.policy import CausalPolicy
+from textrl.rollout import Rollout
+from textrl.symbols import symbol_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,11 @@ from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact
+from textrl.models import small_model
 from textrl.ope import _q_and_v, estimators, ope, token_means, weight_shares
-from textrl.policy import CausalPolicy, small_model
+from textrl.policy import CausalPolicy
 from textrl.rollout import Rollout, collect_sampled
-from textrl.task import symbol_tokenizer
+from textrl.symbols import symbol_tokenizer
 
 NAMES = ("is", "wis", "pdis", "dr")
 

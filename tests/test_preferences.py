@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from textrl.preferences import read_preferences
-from textrl.task import symbol_tokenizer
+from textrl.symbols import symbol_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
 HH = "\n\nHuman: 2+2?\n\nAssistant:"

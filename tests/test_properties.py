@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 import textrl
 from textrl.asking import Asking
+from textrl.batch import pad_responses
 from textrl.files import InputError
-from textrl.policy import CausalPolicy, small_model
+from textrl.models import small_model
+from textrl.policy import CausalPolicy
 from textrl.preferences import read_preferences
 from textrl.returns import gae, leave_one_out, whiten
-from textrl.rollout import pad_responses, sample_episodes
+from textrl.rollout import sample_episodes
 from textrl.scores import ScoreError
 
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True, database=None)

@@ -12,7 +12,7 @@ import pytest
 import textrl
 from textrl import cli
 from textrl.envs.text import Text
-from textrl.policy import small_model
+from textrl.models import small_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

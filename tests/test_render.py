@@ -16,7 +16,7 @@ from textrl.critic import state_values
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.text import Text
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.render import CELL, COLUMNS, LINES, SCALE, Picture, Trace, ansi, colour, draw, frame
 
 TOKEN = re.compile(r"\x1b\[97;48;2;(\d+);(\d+);(\d+)m(.*?)\x1b\[0m")

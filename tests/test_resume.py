@@ -12,11 +12,12 @@ import torch
 import textrl
 from textrl import agents, state
 from textrl.agents import REINFORCE, SFT
-from textrl.checkpoint import CheckpointError, restore
+from textrl.checkpoint import restore
 from textrl.envs.copy import Copy
 from textrl.envs.proxy_gold import ProxyGold
 from textrl.envs.text import Text
-from textrl.policy import small_model
+from textrl.folders import CheckpointError
+from textrl.models import small_model
 from textrl.returns import masked_mean
 from textrl.runs import Checkpoints
 
@@ -412,7 +413,8 @@ def reward_pairs(**changes):
 
 def train_rewards(folder, stop_at=None, pairs=None, **options):
     from textrl import reward_training
-    from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+    from textrl.reward_training import RewardModelConfig, train_reward_model
+    from textrl.rewards import RewardModel
 
     model = RewardModel.from_language_model(small_model(4, 16, 3), textrl.symbol_tokenizer("abc"), seed=1)
     step = reward_training._Training.step
@@ -449,7 +451,8 @@ def test_training_of_a_reward_model_goes_on_to_the_same_end(tmp_path):
 
 def test_training_of_a_reward_model_that_is_not_finite_stops(tmp_path):
     from textrl.failures import TrainingError
-    from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+    from textrl.reward_training import RewardModelConfig, train_reward_model
+    from textrl.rewards import RewardModel
 
     model = RewardModel.from_language_model(small_model(4, 16, 3), textrl.symbol_tokenizer("abc"))
     model.model.score.weight.data[:] = float("nan")

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 import textrl
 from textrl.agents import PPO
 from textrl.envs.copy import Copy
-from textrl.policy import load_model, small_model, value_model
-from textrl.reward_training import _Training
-from textrl.rewards import RewardModel, RewardModelConfig, train_reward_model
+from textrl.models import load_model, small_model
+from textrl.reward_training import RewardModelConfig, _Training, train_reward_model
+from textrl.rewards import RewardModel
+from textrl.scalars import value_model
 
 
 def scorer():

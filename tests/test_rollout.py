@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import textrl
+from textrl.batch import without
 from textrl.envs.brackets import Brackets
-from textrl.policy import CausalPolicy, small_model
-from textrl.rollout import Rollout, both_masks, collect_sampled, without
+from textrl.models import small_model
+from textrl.policy import CausalPolicy
+from textrl.rollout import Rollout, both_masks, collect_sampled
 
 
 def test_the_numbers_of_a_batch_by_hand():

@@ -7,7 +7,7 @@ from test_agents import Bigrams, environment, fixed_rollout, one_state, tabular_
 
 import textrl
 from textrl.agents import GRPO, PPO, TRPO
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.tabular import tabular_model
 
 

@@ -15,7 +15,7 @@ from textrl.agents import BPO, DPO, NLPO, REINFORCE, ReST
 from textrl.agents.bpo import advantage_weights, best_of_each, truncated_advantages
 from textrl.agents.dpo import sigmoid_loss
 from textrl.batch import prompt_groups
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.tabular import tabular_model
 
 OPTIMUM = benchmark("optimum")

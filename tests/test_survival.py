@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import textrl
-from textrl.loop import TrainingError
+from textrl.failures import TrainingError
 from textrl.runs import Checkpoints
 
 FLAGS = ["--env", "textrl/Copy-v0", "--batch-size", "16", "--total-timesteps", "1500", "--checkpoint-every", "60"]

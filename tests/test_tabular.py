@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import textrl
 from textrl.generation import generate
-from textrl.policy import CausalPolicy, head_of, load_model, value_model, values_at
+from textrl.heads import head_of
+from textrl.models import load_model
+from textrl.policy import CausalPolicy, values_at
+from textrl.scalars import value_model
 from textrl.slots import cacheable
 from textrl.stepwise import StepwiseLM
 from textrl.tabular import TabularLM, tabular_model

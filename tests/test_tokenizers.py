@@ -15,9 +15,11 @@ import textrl.wrappers
 from textrl import cli
 from textrl.agents import DPO, PPO
 from textrl.codec import Codec
+from textrl.models import small_model
 from textrl.offline import given_rollout
-from textrl.policy import small_model, value_model, values_at
+from textrl.policy import values_at
 from textrl.rewards import RewardModel
+from textrl.scalars import value_model
 from textrl.textcritic import TextCritic, same_tokenizer
 
 

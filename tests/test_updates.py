@@ -17,7 +17,7 @@ from textrl.critic import value_loss
 from textrl.drawing import within_top_p
 from textrl.envs.copy import Copy
 from textrl.kl import full_kl
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.returns import gae, masked_var
 from textrl.rollout import Rollout
 from textrl.tabular import tabular_model

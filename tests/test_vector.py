@@ -18,7 +18,7 @@ from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.proxy_gold import ProxyGold
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.state import pack_env, unpack_env
 from textrl.stepwise import frozen_reference
 

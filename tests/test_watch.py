@@ -11,7 +11,7 @@ import torch
 import textrl
 from textrl import agents
 from textrl.failures import TrainingError
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.watch import TrainingWarning
 
 TOKENIZER = textrl.symbol_tokenizer("abc")

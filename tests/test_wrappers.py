@@ -17,7 +17,7 @@ from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.text import Text
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.stepwise import frozen_reference
 from textrl.wrappers import (
     KLPenalty,

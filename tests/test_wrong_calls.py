@@ -21,10 +21,10 @@ from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.envs.random_walk import RandomWalk
 from textrl.kl import AdaptiveKL
-from textrl.policy import small_model
+from textrl.models import small_model
 from textrl.returns import discounted_returns, gae, leave_one_out, masked_mean
-from textrl.reward_training import RewardModelConfig
-from textrl.rewards import RewardModel, train_reward_model, weighted_sum
+from textrl.reward_training import RewardModelConfig, train_reward_model
+from textrl.rewards import RewardModel, weighted_sum
 
 nan = math.nan
 

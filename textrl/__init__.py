@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from .env import Snapshot, TextEnv
 from .registration import register, register_built_in
-from .task import Task, symbol_tokenizer
+from .symbols import symbol_tokenizer
+from .task import Task
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
-    from .agent import Agent, AgentConfig
+    from .agent import Agent
     from .collecting import collect
+    from .config import AgentConfig
     from .episodes import read_episodes
     from .exact import Evaluation, Solution, evaluate_exact, exact_gradient, solve
     from .preferences import read_preferences
     from .remote import RemoteScore
-    from .rewards import RewardModel, RewardModelConfig, train_reward_model, weighted_sum
+    from .reward_training import RewardModelConfig, train_reward_model
+    from .rewards import RewardModel, weighted_sum
     from .rollout import Rollout
     from .tabular import TabularLM, tabular_model
 
@@ -29,11 +32,11 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Agent": "agent",
-    "AgentConfig": "agent",
+    "AgentConfig": "config",
     "Evaluation": "exact",
     "RemoteScore": "remote",
     "RewardModel": "rewards",
-    "RewardModelConfig": "rewards",
+    "RewardModelConfig": "reward_training",
     "Rollout": "rollout",
     "Solution": "exact",
     "TabularLM": "tabular",
@@ -44,7 +47,7 @@ _LAZY = {
     "read_preferences": "preferences",
     "solve": "exact",
     "tabular_model": "tabular",
-    "train_reward_model": "rewards",
+    "train_reward_model": "reward_training",
     "weighted_sum": "rewards",
 }
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from .arguments import check_observations
 from .config import check
 from .drawing import Sampling
+from .formats import Row
 from .generation import generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
 from .stepping import Act, actor, attached, collect_stepped, draw_inside, is_bare, paid_scores
 from .stepwise import StepwiseLM
-from .task import Row, Task
+from .task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

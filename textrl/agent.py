@@ -15,26 +15,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import acting, checkpoint, loop, state
-from .acting import allowed_at as allowed_at
-from .config import AgentConfig as AgentConfig
-from .config import as_path, make_config
-from .config import check as check
+from .acting import allowed_at
+from .config import AgentConfig, as_path, check, make_config
 from .drawing import Sampling
 from .failures import ask_as_configured
 from .files import read_rows
+from .formats import Row
 from .loop import Callback
-from .memory import Loss as Loss
-from .memory import accumulate_gradients, halving
+from .memory import Loss, accumulate_gradients, halving
+from .models import pick_device, recompute_blocks, tables, trainable
 from .optim import Optimizer
-from .policy import CausalPolicy, pick_device, recompute_blocks, tables, trainable
+from .policy import CausalPolicy
 from .rollout import Narrow, Rollout
 from .starting import starting_model
-from .stepping import AnyEnv as AnyEnv
-from .stepping import base_env as base_env
-from .stepping import is_bare as is_bare
+from .stepping import base_env
 from .stepwise import StepwiseLM
-from .task import Row, Task
+from .task import Task
 from .trunk import frozen_blocks
+from .wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from peft import PeftConfig

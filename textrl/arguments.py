@@ -11,9 +11,10 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from .config import check, is_count, is_number
+from .formats import Row
 from .render import RENDER_MODES
 from .scores import shorten
-from .task import Row, Task
+from .task import Task
 
 MOST = 1_000_000_000
 """Of anything that is counted; a larger number is taken for a mistake."""

@@ -15,10 +15,7 @@ from transformers import PreTrainedModel
 from . import state
 from .adapters import BASE, has_adapter, load_adapter_weights, own_weights, save_adapter
 from .config import check
-from .folders import MANIFEST as MANIFEST
-from .folders import CheckpointError as CheckpointError
-from .folders import verify as verify
-from .folders import whole_folder, write_manifest
+from .folders import verify, whole_folder, write_manifest
 
 if TYPE_CHECKING:
     from .agent import Agent

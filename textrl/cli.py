@@ -96,7 +96,7 @@ def quiet_libraries() -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
-    from .policy import few_threads
+    from .models import few_threads
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 
 from .acting import evaluated_policy
-from .agent import Agent, AnyEnv, base_env, check, is_bare
-from .config import check_type
+from .agent import Agent
+from .config import check, check_type
 from .disk import could_be_folder
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
-from .policy import few_threads
+from .models import few_threads
 from .rollout import Rollout, collect_sampled
-from .stepping import actor, attached, collect_stepped, paid_scores
+from .stepping import actor, attached, base_env, collect_stepped, is_bare, paid_scores
 from .stepwise import StepwiseLM
 from .task import Task
+from .wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from minari import MinariDataset

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import adapted_critic, has_adapter
-from .models import cast
+from .batch import microbatches
+from .models import cast, train_last_layers
 from .offline import given_rollout
-from .policy import CausalPolicy, train_last_layers, value_model, values_at
+from .policy import CausalPolicy, values_at
 from .returns import explained_variance, gae, masked_mean, whiten
-from .rollout import Rollout, microbatches
+from .rollout import Rollout
+from .scalars import value_model
 from .trunk import same_blocks
 
 if TYPE_CHECKING:

@@ -21,10 +21,13 @@ from transformers import PreTrainedModel
 
 from .adapters import plain_module
 from .config import check
+from .formats import Row
+from .heads import head_of
+from .models import load_model
 from .penalty import Policy, policy_logits
-from .policy import CausalPolicy, head_of, load_model
+from .policy import CausalPolicy
 from .tabular import finite_rows, in_words
-from .task import Row, Task
+from .task import Task
 
 AnyPolicy: TypeAlias = PreTrainedModel | str | Path | Policy
 """A model (a `PeftModel` too), the name or folder of one, or a callable: observations (B, L) int64 -> next-token logits

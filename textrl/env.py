@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from .arguments import check_action, check_penalty, check_render_mode, chosen_row
 from .config import check
+from .formats import Row
 from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStream
-from .task import Row, Task
+from .task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .agent import check
-from .config import as_path
+from .batch import batched_logprobs, pad_responses
+from .config import as_path, check
 from .env import TextEnv
 from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, number_of, read_rows
 from .formats import FILE_OF_ROWS
 from .offline import digest, example_ids, given_rollout
 from .policy import CausalPolicy
-from .rollout import Rollout, batched_logprobs, masks_along, pad_responses
-from .task import Task, shorten
+from .rollout import Rollout, masks_along
+from .scores import shorten
+from .task import Task
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:

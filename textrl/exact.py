@@ -28,7 +28,7 @@ from .arguments import check_penalty
 from .codec import plain_ids
 from .config import check
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
-from .policy import value_model
+from .scalars import value_model
 from .tabular import TabularLM, TabularScorer, tabular_model
 from .task import Task
 

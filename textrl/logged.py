@@ -53,7 +53,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
     Raises:
         ValueError: for both, neither, or a run that is none or did not end.
     """
-    from .policy import small_model
+    from .models import small_model
     from .stepping import base_env
 
     if (options.folder is None) == (options.env is None):

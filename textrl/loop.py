@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .asking import AllDropped
 from .config import as_path, check, check_type
-from .failures import TrainingError as TrainingError
 from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
 from .kl import score_weight
 from .logging import RunLog
 from .memory import explained
-from .policy import few_threads
+from .models import few_threads
 from .rollout import Rollout
 from .runs import Checkpoints, Signals
 from .scores import shorten

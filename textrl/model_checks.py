@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agent import allowed_at
+from .acting import allowed_at
 from .generation import NotFinite
 from .kl import full_kl, k1, k3
 from .patient import Fault, Patient

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import pad_responses
 from .codec import plain_ids
 from .files import text_of
-from .rollout import Rollout, pad_responses
+from .formats import Row
+from .rollout import Rollout
 from .scores import shorten
-from .task import Row, Task
+from .task import Task
 
 
 def encode_response(task: Task, prompt: str, completion: str, end_token: bool = True) -> tuple[list[int], list[int]]:

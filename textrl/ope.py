@@ -26,12 +26,16 @@ import torch
 from torch import Tensor
 
 from .acting import evaluated_policy
-from .agent import Agent, AnyEnv, base_env, check
+from .agent import Agent
+from .batch import batched_logprobs, microbatches
+from .config import check
 from .episodes import as_episodes, check_whole
 from .logprobs import NEVER
 from .policy import CausalPolicy
 from .returns import discounted_returns
-from .rollout import Rollout, batched_logprobs, masks_along, microbatches
+from .rollout import Rollout, masks_along
+from .stepping import base_env
+from .wrappers import AnyEnv
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .task import FAULT, Row, Task
+from .formats import Row
+from .task import FAULT, Task
 
 REMEMBERED = 2**16
 """A task with at most so many pairs of row and response has its outcomes remembered."""

@@ -11,23 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .flat import flat_of, touched
-from .heads import head_of as head_of
+from .heads import head_of
 from .logprobs import aligned, pieces, token_logprobs
-from .models import check_vocabulary as check_vocabulary
-from .models import few_threads as few_threads
-from .models import load_model as load_model
-from .models import pick_device as pick_device
-from .models import pick_dtype as pick_dtype
-from .models import recompute_blocks as recompute_blocks
-from .models import small_model as small_model
-from .models import tables as tables
-from .models import train_last_layers as train_last_layers
-from .models import trainable as trainable
-from .models import without_dropout as without_dropout
 from .packed import states_at
 from .probing import unremembered
-from .scalars import load_scalar as load_scalar
-from .scalars import value_model as value_model
 from .trunk import states_above
 
 

@@ -23,8 +23,8 @@ from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
 from .folders import SCORER_IN_TRAINING, verify, whole_folder, write_manifest
 from .logging import RunLog
 from .loop import Run
+from .models import tables, train_last_layers, trainable
 from .optim import Optimizer
-from .policy import tables, train_last_layers, trainable
 from .runs import Checkpoints, Signals
 from .scores import shorten
 

@@ -18,13 +18,11 @@ from .adapters import has_adapter
 from .config import check, is_count
 from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
-from .models import check_vocabulary_size, longest_text
-from .policy import alike, load_scalar, value_model, values_at, without_dropout
-from .reward_training import RewardModelConfig as RewardModelConfig
+from .models import check_vocabulary_size, longest_text, without_dropout
+from .policy import alike, values_at
 from .reward_training import as_dataset
-from .reward_training import preference_loss as preference_loss
-from .reward_training import train_reward_model as train_reward_model
-from .task import call_score, shorten
+from .scalars import load_scalar, value_model
+from .scores import call_score, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,19 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import Rollout as Rollout
-from .batch import batched_logprobs as batched_logprobs
-from .batch import batched_readings as batched_readings
-from .batch import lower_states
-from .batch import microbatches as microbatches
-from .batch import pad_responses as pad_responses
-from .batch import without as without
+from .batch import batched_logprobs, batched_readings, lower_states, pad_responses, without
 from .config import check
 from .drawing import Sampling
 from .env import TextEnv
+from .formats import Row
 from .generation import generate
 from .policy import CausalPolicy
 from .returns import masked_mean
-from .task import Row, Task
+from .task import Task
 from .trunk import same_blocks
 from .vector import TextVectorEnv
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .task import Row, Task
+from .formats import Row
+from .task import Task
 
 BLOCK = 64
 """Rows are drawn this many at a time: much quicker than one by one."""

@@ -10,7 +10,7 @@ from .files import InputError
 from .flags import USER_ERRORS
 from .folders import CheckpointError, read_manifest
 from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
-from .policy import few_threads
+from .models import few_threads
 from .render import escape
 from .report import PAGE, Section, curves, settings, write_report
 from .runs import BEST, Checkpoints

@@ -15,7 +15,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from .config import check
-from .policy import CausalPolicy, load_model, value_model, values_at
+from .models import load_model
+from .policy import CausalPolicy, values_at
+from .scalars import value_model
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ import torch
 from .adapters import CONFIG, add_adapter, has_adapter, learn_adapter, lies_at, load_adapted, share_base, twin
 from .config import AgentConfig, check
 from .env import TextEnv
-from .models import cast
-from .policy import load_model, pick_dtype, small_model, train_last_layers
+from .models import cast, load_model, pick_dtype, small_model, train_last_layers
 from .stepwise import check_positions
 from .vector import TextVectorEnv
 

@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .asking import AllDropped
+from .batch import pad_responses
 from .drawing import Sampling, draw
 from .env import TextEnv
+from .formats import Row
 from .generation import NotFinite
 from .penalty import Policy
-from .rollout import Narrow, Rollout, both_masks, pad_responses
+from .rollout import Narrow, Rollout, both_masks
 from .scores import about
-from .task import FAULT, Row, Task
+from .task import FAULT, Task
 from .vector import TextVectorEnv
-from .wrappers import AnyEnv as AnyEnv
-from .wrappers import KLPenalty, VectorKLPenalty, check_taken
+from .wrappers import AnyEnv, KLPenalty, VectorKLPenalty, check_taken
 
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
 """observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""

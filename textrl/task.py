@@ -11,11 +11,8 @@ from numpy.typing import NDArray
 from .asking import Asking, ask
 from .codec import Codec
 from .config import check, check_type, is_count
-from .formats import Row as Row
-from .scores import Scores
-from .scores import call_score as call_score
-from .scores import shorten as shorten
-from .symbols import symbol_tokenizer as symbol_tokenizer
+from .formats import Row
+from .scores import Scores, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

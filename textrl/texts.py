@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .task import Row
+    from .formats import Row
 
 
 class Texts:
