@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from textrl import cli
-from textrl.flags import agent_classes
+from textrl.cli_flags import agent_classes
 from textrl.folders import verify
 from textrl.runs import Checkpoints
 

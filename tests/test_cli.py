@@ -13,7 +13,7 @@ import pytest
 
 from textrl import agents, cli
 from textrl.agents import BestOfN
-from textrl.flags import agent_classes, field_comments
+from textrl.cli_flags import agent_classes, field_comments
 from textrl.models import small_model
 from textrl.registration import registered
 

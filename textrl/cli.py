@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import logged
-from .checkup import doctor_parser
-from .flags import USER_ERRORS, Parser, parse_config
-from .listing import list_agents, list_envs
-from .play import play_parser
+from . import cli_logged
+from .cli_doctor import doctor_parser
+from .cli_flags import USER_ERRORS, Parser, parse_config
+from .cli_list import list_agents, list_envs
+from .cli_play import play_parser
+from .cli_train import train_parser
 from .render import one_line
-from .train import train_parser
 from .trained import FINAL, finished_run, trained_agent
 
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="write RUN/report.html, the page of a run, and print its main figures")
     report.add_argument("folder", metavar="RUN", help="the --log-dir of a run, of train or of rlhf")
     report.set_defaults(run=report_run)
-    logged.add_parsers(commands)
+    cli_logged.add_parsers(commands)
     play_parser(commands)
     doctor_parser(commands)
     _rlhf_parser(commands)

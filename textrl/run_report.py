@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_flags import USER_ERRORS
 from .files import InputError
-from .flags import USER_ERRORS
 from .folders import CheckpointError, read_manifest
 from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
 from .models import few_threads

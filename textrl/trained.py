@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from .cli_flags import agent_class, check_env_id
 from .disk import read_json
-from .flags import agent_class, check_env_id
 
 if TYPE_CHECKING:
     from .agent import Agent

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import gymnasium as gym
 
+from .cli_flags import check_env_id, given_penalty, nearest, parse_env_args
 from .codec import plain_ids
 from .config import check
-from .flags import check_env_id, given_penalty, nearest, parse_env_args
 from .render import token_texts
 from .trained import FINAL, finished_run, trained_agent
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, given_penalty, parse_env_args
+from .cli_flags import check_env_id, given_penalty, parse_env_args
 from .render import escape
 from .trained import FINAL, finished_run, trained_agent
 

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .config import as_path, check, make_config
-from .disk import could_be_folder, write_json
-from .files import is_file_name
-from .flags import (
+from .cli_flags import (
     agent_class,
     check_env_id,
     own_tokenizer,
@@ -23,6 +20,9 @@ from .flags import (
     training_penalty,
     whole,
 )
+from .config import as_path, check, make_config
+from .disk import could_be_folder, write_json
+from .files import is_file_name
 from .render import one_line
 from .trained import FINAL, RUN, read_run
 

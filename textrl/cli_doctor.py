@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from .flags import check_env_id, own_tokenizer, parse_env_args, training_penalty
+from .cli_flags import check_env_id, own_tokenizer, parse_env_args, training_penalty
 from .render import escape
 
 
