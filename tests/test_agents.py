@@ -391,15 +391,31 @@ def test_the_score_weighs_less_at_first():
     def note(agent, metrics):
         seen.append(agent.score_weight)
 
-    agent = tabular_agent(PPO, batch_size=16).learn(1000, callback=note)
+    agent = tabular_agent(PPO, batch_size=16, score_start=0.1).learn(1000, callback=note)
     assert seen[0] == pytest.approx(0.1) and seen == sorted(seen) and seen[len(seen) // 2] == 1
     assert agent.score_weight == 1
     seen.clear()
     agent.learn(300, callback=note)  # what has learned is not sent back
     assert set(seen) == {1}
     for wrong in (0.0, 1.5):
-        with pytest.raises(ValueError, match="score_start must be above 0 and at most 1"):
+        with pytest.raises(ValueError, match="score_start must be above 0 and at most 1, or None"):
             tabular_agent(PPO, score_start=wrong)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_first_weight_goes_by_the_spread_of_the_first_scores(scale):
+    """0.4 KL coefficients of one deviation of the score: scores and coefficient times ten are the same run."""
+    task, seen = Bigrams(), []
+    task._table = task._table * scale
+    agent = PPO(environment(task, 0.05 * scale), tabular_model(task, std=1.0, seed=3), batch_size=32, learning_rate=0.1)
+    spread = float(copy.deepcopy(agent).collect().scores.std(unbiased=False))
+
+    def note(agent, metrics):
+        seen.append(agent.score_weight)
+
+    agent.learn(600, callback=note)
+    assert seen[0] == pytest.approx(0.4 * 0.05 * scale / spread, rel=1e-4) and seen[0] < 0.5
+    assert seen == sorted(seen) and seen[-1] == 1
 
 
 @pytest.mark.parametrize("kind", ON_POLICY)

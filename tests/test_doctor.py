@@ -77,6 +77,13 @@ class Memory:
         return [float(i) for i in range(len(prompts))]
 
 
+class LooksAhead:
+    """Every token is worth the length of the whole response."""
+
+    def score(self, prompts, completions, completion_ids, **columns):
+        return [[float(len(ids))] * len(ids) for ids in completion_ids]
+
+
 class Raises:
     def score(self, prompts, completions, **columns):
         raise OSError("no disk")
@@ -186,6 +193,10 @@ PLANTED = {
     "is paid 0.1 beside the score": (
         "reward at the last token",
         lambda: agent_on(gym.wrappers.TransformReward(gym.make(ID), lambda reward: reward + 0.1)),
+    ),
+    "token 1 of .* is worth 1 when it is written and .* at the end, for prompt": (
+        "reward at the last token",
+        lambda: agent_on(textrl.TextEnv(copy_task(LooksAhead))),
     ),
     "1 of 29 trainable parameters get no gradient, transformer.spare": (
         "gradients",

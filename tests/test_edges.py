@@ -243,3 +243,32 @@ def test_a_token_whose_score_fails_in_every_row_is_paid_nan_as_in_a_single_envir
     assert expected == pytest.approx([1, np.nan, 1], nan_ok=True)
     found = [many.step(np.array([token, token]))[1].tolist() for token in (2, 1, 1)]
     assert found == [pytest.approx([each] * 2, nan_ok=True) for each in expected]
+
+
+class Thirds(textrl.Task):
+    """A score of texts of three letters, which no shorter text has."""
+
+    def __init__(self, by_token=False):
+        super().__init__(tokenizer=textrl.symbol_tokenizer("abc"), max_new_tokens=3)
+        self.by_token = by_token
+
+    def prompts(self):
+        return [{"prompt": ""}]
+
+    def score(self, prompts, completions, **columns):
+        return [[0.0, 0.0, float(text[2] == "a")] if self.by_token else float(text[2] == "a") for text in completions]
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_score_that_cannot_judge_a_part_of_a_text_judges_whole_ones(by_token):
+    one, many = textrl.TextEnv(Thirds(by_token)), textrl.TextVectorEnv(Thirds(by_token), num_envs=2)
+    one.reset(seed=0), many.reset(seed=0)
+    assert [one.step(2)[1] for _ in range(2)] == [0, 0]
+    assert [many.step(np.array([2, 3]))[1].tolist() for _ in range(2)] == [[0, 0], [0, 0]]
+    if by_token:  # what it could not say of the parts is missing
+        for step in (lambda: one.step(1), lambda: many.step(np.array([1, 2]))):
+            with pytest.raises(ValueError, match="score raised IndexError: string index out of range for prompt"):
+                step()
+        return
+    assert one.step(1)[1] == 1
+    assert many.step(np.array([1, 2]))[1].tolist() == [1, 0]

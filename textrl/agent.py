@@ -64,6 +64,7 @@ class Agent:
         num_updates: calls of `update` so far.
         progress_remaining: share of this call of `learn` that is to come, from 1 to 0, for what follows a schedule.
         schedule: the share of the learning rate in force, from 1 to 0 in the course of `learn`.
+        first_weight: of the score, where `score_start` is None, by the spread of the first scores; None before these.
         score_weight: what the score is multiplied by, from `score_start` to 1 in the first call of `learn`.
     """
 
@@ -122,6 +123,7 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
+        self.first_weight: float | None = None
         self.score_weight = 1.0
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling

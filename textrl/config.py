@@ -27,7 +27,9 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
-    score_start: float = 0.1  # with a KL penalty: weight of the score at first, rising to 1 (not ReST, not kl_target)
+    score_start: float | None = (
+        None  # the score's weight at first (under a KL penalty, without kl_target); None: by spread
+    )
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
@@ -54,7 +56,8 @@ class AgentConfig:
         check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to below 2**63")
         for name in ("batch_size", "max_tokens_per_microbatch"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("score_start", self.score_start, 0 < self.score_start <= 1, "above 0 and at most 1")
+        start = self.score_start
+        check("score_start", start, start is None or 0 < start <= 1, "above 0 and at most 1, or None")
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
         check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")

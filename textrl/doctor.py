@@ -115,7 +115,7 @@ def determinism(patient: Patient) -> str:
 def last_token(patient: Patient) -> str:
     """The score is paid at the last token, and nothing but the KL penalty before it."""
     if patient.task.token_scores:
-        return "a score for every token"
+        return _causal(patient)
     before, patient.plain.kl_coef = patient.plain.kl_coef, 0.0
     try:
         for rewards, info, _ in patient.stepped():
@@ -129,6 +129,25 @@ def last_token(patient: Patient) -> str:
     finally:
         patient.plain.kl_coef = before
     return "the score, and nothing before it"
+
+
+def _causal(patient: Patient) -> str:
+    """The reward of a token does not change as the response grows: a stepped environment has paid it by then."""
+    few = patient.stepped_episodes
+    lengths, texts = patient.rollout.response_lengths.tolist(), patient.rollout.completions
+    for i, row in enumerate(patient.rows[:few]):
+        response = patient.rollout.responses[i, : lengths[i]].tolist()
+        whole = patient.task.evaluate([row], [response]).tokens
+        for t in range(len(response)):
+            part = patient.task.evaluate([row], [response[: t + 1]]).tokens
+            assert whole is not None and part is not None
+            if abs(part[0][t] - whole[0][t]) > 1e-5 * (1 + abs(whole[0][t])):
+                raise Fault(
+                    f"token {t + 1} of {len(response)} is worth {part[0][t]:.4g} when it is written and"
+                    f" {whole[0][t]:.4g} at the end, for {about(row['prompt'], texts[i])}",
+                    "a score whose reward for a token depends only on the tokens up to it",
+                )
+    return "a score for every token, which what follows does not change"
 
 
 CHECKS: dict[str, Callable[[Patient], str]] = {

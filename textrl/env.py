@@ -194,8 +194,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             info.update((key, values[0]) for key, values in columns.items())
             reward += float(scores.last[0])
         else:
-            if task.token_scores is not False:
-                reward += self._token_score()
+            reward += self._token_score()
             if self._masked:
                 info.update(self._mask_info())
         self._trace.add(reward, info.get("kl"), value)
@@ -216,10 +215,10 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     def _token_score(self) -> float:
         """The reward of the token just written, where the score gives one for every token; else 0. NaN if it failed."""
-        scores = self.task.evaluate([self._row], [self._response()])
-        if scores.faults:
-            return float("nan") if self.task.token_scores else 0.0
-        return float(scores.tokens[0][-1]) if scores.tokens is not None else 0.0
+        if self.task.token_scores is False:  # said here too: it is quicker than to read the response
+            return 0.0
+        scores = self.task.evaluate_parts([self._row], [self._response()])
+        return 0.0 if scores is None else float("nan") if scores.faults else float(scores.last[0])
 
     def action_masks(self) -> NDArray[np.bool_]:
         """(V,) bool: the tokens that the task advises now (all, for a task without masks)."""

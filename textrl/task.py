@@ -12,7 +12,7 @@ from .asking import Asking, ask
 from .codec import Codec
 from .config import check, check_type, is_count
 from .formats import Row
-from .scores import Scores, shorten
+from .scores import ScoreError, Scores, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,6 +74,7 @@ class Task:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.token_scores: bool | None = None
         """Whether `score` gives a list per text; None until a score has been seen."""
+        self._unjudged: ScoreError | None = None
         self.asking = Asking()  # how `score` is asked: how long it may take, and what happens when it fails
         check_type("special_tokens", special_tokens, "bool")
         self.special_tokens = special_tokens
@@ -244,7 +245,26 @@ class Task:
         scores = ask(self.score, given, self.asking)
         if len(scores.faults) < len(rows):
             self.token_scores = scores.tokens is not None
+            if self.token_scores and self._unjudged is not None:
+                raise self._unjudged
         return scores
+
+    def evaluate_parts(self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> Scores | None:
+        """The scores of unfinished responses, where the score gives a reward for every token; else None.
+
+        Whether it does is not known before the first score. One that cannot judge a part is taken to judge whole texts
+        alone; if it then gives rewards for tokens, the error with the part is raised.
+        """
+        if self.token_scores is False:
+            return None
+        try:
+            scores = self.evaluate(rows, completion_ids)
+        except ScoreError as error:
+            if self.token_scores:
+                raise
+            self._unjudged, self.token_scores = error, False
+            return None
+        return scores if self.token_scores else None
 
     def finish(self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> tuple[Scores, dict[str, Any]]:
         """What the end of B episodes brings: their scores, and the columns of `info`, each of length B.

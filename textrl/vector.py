@@ -229,12 +229,10 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
     def _token_scores(self, running: Bools, rewards: NDArray[np.float64]) -> None:
         """The reward of the token just written, where the score gives one for every token."""
         indices = (running & (self._texts.lengths > 0)).nonzero()[0]
-        if len(indices):
-            scores = self.task.evaluate(*self._texts.episodes(indices))
-            if scores.tokens is not None:
-                rewards[indices] += scores.last
-            if self.task.token_scores:
-                rewards[indices[list(scores.faults)]] = np.nan
+        scores = self.task.evaluate_parts(*self._texts.episodes(indices)) if len(indices) else None
+        if scores is not None:
+            rewards[indices] += scores.last
+            rewards[indices[list(scores.faults)]] = np.nan
 
     def _into_final(self, infos: Info, final: Info) -> None:
         """SAME_STEP: what belongs to the episodes that are over moves into `final_obs` and `final_info`."""
