@@ -167,7 +167,7 @@ class DPO(Agent):
         return torch.cat(sums)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """One step on a batch of pairs; four times an epoch, a look at those held out."""
+        """One step on a batch of pairs; four times an epoch or a little more often, a look at those held out."""
         numbers = self.minimise(self._loss, rollout, mean_over="groups")
         call = self.call
         last = call is not None and self.num_timesteps + rollout.num_tokens >= call["start"] + call["total"]

@@ -93,7 +93,8 @@ class GRPO(Agent):
         if rollout.ref_logprobs is not None:
             log_ratio = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)  # (B,)
             scores = scores + self.base.kl_coef * log_ratio
-            rollout.values = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others
+            usual = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others, (B, 1)
+            rollout = replace(rollout, values=usual)
         spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())
         if config.scale == "group":
             advantages = group_normalised(scores, rollout.grouping)

@@ -41,7 +41,7 @@ from textrl.trained import RUN
 
 from .ppo import PPO
 from .rlhf_config import RLHFConfig as RLHFConfig
-from .rlhf_report import LOGS, REPORT, compare, write_page
+from .rlhf_report import LOGS, REPORT, compare, second_judge, write_page
 from .sft import SFT
 
 
@@ -74,6 +74,7 @@ class _Run:
         with torch.device("meta"):
             new_scalar(self.base.config)  # refused here, where there is none
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source)
+        second_judge()  # refused here, where it is missing
         self.ratings = load_ratings(("movie", "product"))
         self._choose_data()
         self.about = f"{Path(source).name}: {parameters / 1e6:.0f}M parameters in {self.dtype}, on {self.device}"

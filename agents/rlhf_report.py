@@ -43,15 +43,26 @@ STEPS = {
 """The folder of a step's log, its heading, what its curves are drawn against, and which they are."""
 
 
+def second_judge() -> Any:
+    """VADER, which learned from nothing here.
+
+    Raises:
+        ImportError: where it is not installed.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise ImportError('the report needs vaderSentiment: pip install ".[rlhf]"') from None
+    return SentimentIntensityAnalyzer()
+
+
 def compare(prompts: Sequence[str], before: Rollout, after: Rollout) -> dict[str, Any]:
     """The report's figures from one continuation of each prompt by the SFT model, and one after PPO.
 
     Returns:
         "before" and "after" (the keys of `MEASURES` and "score_std"), what changed, and the first "samples".
     """
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    judge = SentimentIntensityAnalyzer()
+    judge = second_judge()
 
     def measures(rollout: Rollout) -> dict[str, float]:
         texts = [p + c for p, c in zip(prompts, rollout.completions, strict=True)]

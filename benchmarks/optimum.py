@@ -97,7 +97,7 @@ class Repeats(Toy):
     """A point for each letter that repeats the one before, half a point off for each that is used: many optima."""
 
     def value(self, prompt: int, ids: list[int]) -> float:
-        """From -2 to 4.5."""
+        """From -2.5 to 4.5."""
         return float(sum(a == b for a, b in itertools.pairwise([prompt + 1, *ids]))) - 0.5 * len(set(ids))
 
 

@@ -39,6 +39,8 @@ class Bandit(Task):
             raise ValueError(f"payoffs must have 1 to 26 numbers; got {len(payoffs)}")
         if not all(is_number(payoff) and math.isfinite(payoff) for payoff in payoffs):
             raise ValueError(f"payoffs must be finite numbers; got {payoffs!r}")
+        if not (is_number(offset) and math.isfinite(offset)):
+            raise ValueError(f"offset must be a finite number; got {offset!r}")
         super().__init__(tokenizer=symbol_tokenizer(letters), max_new_tokens=1)
         self.payoffs = {letter: payoff + offset for letter, payoff in zip(letters, payoffs, strict=True)}
         self.best_score = max(0.0, *self.payoffs.values())

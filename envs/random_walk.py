@@ -23,13 +23,13 @@ class RandomWalk(Task):
     Actions: the end token, the nodes, "," and ":" (which are never right).
     Score: steps of the shortest path / steps taken, for a walk along edges that ends at the goal; else 0.
     Episode end: the end token, or `max_new_tokens` tokens.
-    What it teaches: offline data with good parts in bad wholes: `walks` draws random walks, from which the best path
-    can be put together though no walk took it (Chen 2021, Decision Transformer, section 3).
+    What it teaches: offline data with good parts in bad wholes: `walks` draws random walks, from whose parts the best
+    path can be put together (Chen 2021, Decision Transformer, section 1).
     Optimum: 1, a shortest path from every start.
 
     Args:
         nodes: of the graph, a, b, c, ...
-        edges: of each node to others, besides those that make the goal reachable.
+        edges: drawn at random from each node, besides one on its way to the goal, which they may repeat.
         max_new_tokens: the horizon.
         seed: of the graph.
     """

@@ -15,7 +15,7 @@ from .arguments import check_observations
 from .config import check
 from .drawing import Sampling
 from .formats import Row
-from .generation import generate, stop_at
+from .generation import NotFinite, generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
@@ -109,7 +109,10 @@ def on_observation(
     stepper = StepwiseLM(agent.policy, agent.task.vocab_size)
     masks = both_masks(masks, agent.own_masks, observations)
     sampling = Sampling(agent.base.temperature, greedy=deterministic)
-    actions = draw_inside(stepper(observations), masks, sampling, agent.generator)[0].cpu().numpy()
+    tokens, logprobs = draw_inside(stepper(observations), masks, sampling, agent.generator)
+    if not logprobs.isfinite().all():
+        raise NotFinite
+    actions = tokens.cpu().numpy()
     return actions if np.ndim(observation) == 2 else actions[0]
 
 

@@ -320,7 +320,7 @@ class Agent:
         stop_strings: Sequence[str] = (),
         deterministic: bool = False,
     ) -> list[str]:
-        """One response to each prompt, as text; inside the task's action masks for the task's own prompts.
+        """One response to each prompt, as text; for the task's own prompts and up to its horizon inside its masks.
 
         Args:
             prompts: B texts.

@@ -131,12 +131,16 @@ def _call(score: Score, columns: Columns, timeout: float | None) -> Any:
     Raises:
         ScoreError: for an exception, or no answer in time.
     """
+    given = {name: list(values) for name, values in columns.items()}  # a score may change what it is given
     try:
-        return score(**columns) if timeout is None else _within(timeout, partial(score, **columns))
+        return score(**given) if timeout is None else _within(timeout, partial(score, **given))
     except _Late:
         raise ScoreError(f"score gave no answer within {timeout:g} s (score_timeout) for {_first(columns)}") from None
     except Exception as error:
-        said = f": {shorten(str(error), 200)[1:-1]}" if str(error) else ""
+        try:
+            said = f": {shorten(str(error), 200)[1:-1]}" if str(error) else ""
+        except Exception:  # of its own making
+            said = ""
         raise ScoreError(f"score raised {type(error).__name__}{said} for {_first(columns)}") from error
 
 

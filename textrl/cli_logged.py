@@ -68,7 +68,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
         length = task.max_prompt_tokens + task.max_new_tokens
         return env, options.model or small_model(task.vocab_size, length)
     for name in ("model", "env_arg", "reference", "kl_coef", "prompts"):
-        if getattr(options, name):
+        if getattr(options, name) not in (None, []):
             raise ValueError(f"--{name.replace('_', '-')} goes with --env; a RUN has its own")
     folder = Path(options.folder)
     agent = trained_agent(folder / FINAL, finished_run("RUN", folder), seed=0)

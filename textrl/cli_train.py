@@ -21,7 +21,7 @@ from .cli_flags import (
     whole,
 )
 from .config import as_path, check, make_config
-from .disk import could_be_folder, write_json
+from .disk import could_be_folder, digest, write_json
 from .files import is_file_name
 from .render import one_line
 from .trained import FINAL, RUN, read_run
@@ -118,7 +118,7 @@ def train_agent(options: argparse.Namespace) -> None:
     check("--log-dir", given, could_be_folder(folder), "a folder, or a new one in a folder that can be written")
     agent = make_agent(run)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, run)
+    write_json(folder / RUN, {**run, "sha256": digest(run)})
     finish_run(agent, run, folder, options.quiet)
 
 
@@ -168,7 +168,7 @@ def finish_run(agent: Agent, run: dict[str, Any], folder: Path, quiet: bool) -> 
 
 def resume_run(folder: Path, quiet: bool) -> None:
     """Goes on with a run that was stopped."""
-    run = read_run("--resume", folder)
+    run = read_run("--resume", folder, unchanged=True)
     if (folder / FINAL).is_dir():
         print(one_line(f"{folder} is finished; textrl evaluate {folder} scores it"))
         return

@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class AgentConfig:
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
     on_score_error: str = "raise"  # when the score of a response fails: "raise", or "drop" the episode and count it
-    max_dropped_share: float = 0.25  # of the last 1,000 episodes: a run that drops more than this stops
+    max_dropped_share: float = 0.25  # of the last 1,000 episodes: a run that drops more than this, or all, stops
     warn_kl: float = 25.0  # nats a response: a KL to the reference above this is warned of
     score_timeout: float | None = None  # seconds that a call of the score may take; None: as long as it likes
     activation_checkpointing: bool = False  # blocks run again in the backward pass: less memory, a third more time
@@ -66,7 +67,9 @@ class AgentConfig:
         check("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "from 0 to 1")
         check("warn_kl", self.warn_kl, self.warn_kl > 0, "above 0")
         seconds = self.score_timeout
-        check("score_timeout", seconds, seconds is None or 0 < seconds < math.inf, "a finite number above 0, or None")
+        longest = int(threading.TIMEOUT_MAX)
+        right = f"a number above 0 and at most {longest}, or None"
+        check("score_timeout", seconds, seconds is None or 0 < seconds <= longest, right)
         check("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "from 0 to below 1")
         check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number from 0 up")
         check("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0")

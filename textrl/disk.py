@@ -64,6 +64,11 @@ def write_text(file: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def digest(content: Any) -> str:
+    """The SHA-256 of what is written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def file_hash(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:

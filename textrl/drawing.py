@@ -86,8 +86,8 @@ def draw(
     if forbidden is not None:
         scaled = scaled.masked_fill(forbidden, -torch.inf)
     if sampling.top_k and sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, -1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        best = scaled.topk(sampling.top_k, -1)
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, best.indices, best.values)
     if sampling.top_p < 1:
         scaled = scaled.masked_fill(~within_top_p(scaled, sampling.top_p), -torch.inf)
     probabilities = scaled.softmax(-1)

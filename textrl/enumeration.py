@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .adapters import plain_module
 from .config import check
 from .formats import Row
+from .generation import NotFinite
 from .heads import head_of
 from .models import load_model
 from .penalty import Policy, policy_logits
@@ -125,7 +126,10 @@ def asker(
         levels = [logits.double().cpu() / temperature for logits in raw(tree.prompt)]
         if masked:
             levels = _masked(task, tree, levels)
-        return [logits.log_softmax(-1) for logits in levels]
+        found = [logits.log_softmax(-1) for logits in levels]
+        if any(logprobs.isnan().any() for logprobs in found):
+            raise NotFinite
+        return found
 
     return ask
 

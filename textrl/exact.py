@@ -15,6 +15,7 @@ another the optimum is taken for each alone, and a policy that sees only the tex
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +144,7 @@ def solve(
             totals += tree.weight * torch.stack([value, own[0], own[1]])
             optimal[tuple(tree.prompt.tolist())] = [level * temperature for level in logprobs]
     objective, score, kl = totals.tolist()
-    return Solution(objective, score, kl, temperature, task, optimal)
+    return Solution(objective, score, _or_infinite(kl), temperature, task, optimal)
 
 
 def evaluate_exact(
@@ -185,7 +186,8 @@ def evaluate_exact(
         if masked:  # each row has masks of its own
             totals = _value(task, model, reference, temperature, masked)
     score, kl, entropy = totals.tolist()
-    objective = score - kl_coef * kl
+    kl = _or_infinite(kl)
+    objective = score - kl_coef * kl if kl_coef > 0 else score
     gap = optimum - start
     if gap > 1e-12:
         share = (objective - start) / gap
@@ -220,6 +222,11 @@ def exact_gradient(
         score - kl_coef * kl, list(named.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(named, gradients, strict=True))
+
+
+def _or_infinite(kl: float) -> float:
+    """A KL in which log 0 has a stand-in: the reference never says what the policy says."""
+    return kl if kl < -1e-100 * _LOG_ZERO else math.inf
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 from .asking import Asking
 from .runs import Checkpoints
 from .state import layers
@@ -53,6 +55,22 @@ def stop_if_stuck(agent: Agent, metrics: dict[str, float], saved: Checkpoints | 
             f"loss or gradient was not finite in {SKIPS_IN_A_ROW} iterations in a row (loss"
             f" {metrics.get('train/loss')}, gradient norm {metrics.get('train/grad_norm')}), so nothing was learned"
             f' from them; {last_good(saved)}; a lower learning_rate or dtype="float32" usually mends it'
+        )
+
+
+@torch.no_grad()
+def stop_if_broken(agent: Agent, saved: Checkpoints | None) -> None:
+    """Ends a run whose weights a step has spoilt, before they are saved: no later step can mend them.
+
+    Raises:
+        TrainingError: naming the last checkpoint.
+    """
+    begin = torch.tensor([[agent.task.eos_token_id]], device=agent.device)
+    weights = (weight for module in agent.modules.values() for weight in module.parameters())
+    if not all(weight.isfinite().all() for weight in weights) or not agent.model(begin).logits.isfinite().all():
+        raise TrainingError(
+            f"the model gives numbers that are not finite after {agent.num_updates} iterations; {last_good(saved)}; a"
+            " lower learning_rate usually mends it"
         )
 
 

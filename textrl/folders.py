@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -14,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .disk import file_hash, read_json, sync, write_json
+from .disk import digest, file_hash, read_json, sync, write_json
 
 MANIFEST = "agent.json"
 SCORER, SCORER_IN_TRAINING = SCORERS = ("RewardModel", "reward model in training")
@@ -92,11 +90,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         if file.is_file()
     }
     manifest = {**facts, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_json(folder / MANIFEST, {**manifest, "sha256": digest(manifest)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -107,13 +101,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        digest = manifest.pop("sha256", None)
-    except (OSError, ValueError, AttributeError) as error:
+        right = manifest.pop("sha256", None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(
             f"folder must hold a saved agent ({MANIFEST}); {str(folder)!r} does not ({said})"
         ) from None
-    if digest != _digest(manifest):
+    if right != digest(manifest):
         raise CheckpointError(f"{str(folder / MANIFEST)!r} is damaged: its content is not what was written")
     return manifest
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .asking import AllDropped
 from .config import as_path, check, check_type
-from .failures import ask_as_configured, note_skips, stop_if_dropping, stop_if_stuck
+from .failures import ask_as_configured, note_skips, stop_if_broken, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
 from .kl import first_weight, score_weight
 from .logging import RunLog
@@ -100,6 +100,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
             written = None
             if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
                 assert saved is not None
+                stop_if_broken(agent, saved)
                 call["log"] = log.sync()
                 written = saved.write(agent.num_timesteps, agent.save, call["best"])
             if written is not None:

@@ -109,6 +109,8 @@ def task_class(task: type[Task] | str) -> type[Task]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"task {task!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f'task must be a subclass of textrl.Task or "module:Class"; {task!r} is {shorten(found)}')
     return found
 
 

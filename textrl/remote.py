@@ -46,7 +46,7 @@ class RemoteScore:
 
     Args:
         url: "http://..." or "https://...".
-        timeout: seconds that one request may take, from the first byte sent to the last one read.
+        timeout: seconds that an answer may take to be read, and each wait for it and for its headers.
         retries: so many more tries after one that got no answer, or an HTTP status that may pass (429, 500, 503, ...).
         backoff: seconds before the second try; twice as many before each one after it, each time a random half to
             all of them. An endpoint that says `Retry-After` is waited for so long.
@@ -176,7 +176,7 @@ class RemoteScore:
     def _scores(self, answer: bytes, count: int) -> list[Any]:
         try:
             said = json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RemoteError(f"{self.url} must answer with JSON; got {shorten(answer)}") from None
         scores = said.get("scores") if isinstance(said, dict) else said
         if not isinstance(scores, list) or len(scores) != count:

@@ -20,7 +20,6 @@ from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
 from .models import check_vocabulary_size, longest_text, without_dropout
 from .policy import alike, values_at
-from .reward_training import RewardModelConfig as RewardModelConfig
 from .reward_training import as_dataset
 from .reward_training import train_reward_model as train_reward_model
 from .scalars import load_scalar, value_model

@@ -45,6 +45,7 @@ class Checkpoints:
             link = self.run / f".{BEST}"
             link.unlink(missing_ok=True)
             link.symlink_to(Path(FOLDER) / self.path(best).name)
+            self._remove_copy()
             link.replace(self.run / BEST)
         for old in self.steps()[self.keep :]:
             if old != best:
@@ -88,9 +89,15 @@ class Checkpoints:
         if scorer is not None:
             for step in self.steps():
                 check_kind(self.path(step), scorer)
+        self._remove_copy()
         (self.run / BEST).unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+    def _remove_copy(self) -> None:
+        """What a copy of the run that followed its link made of it is a folder."""
+        if (self.run / BEST).is_dir() and not (self.run / BEST).is_symlink():
+            shutil.rmtree(self.run / BEST)
 
     def _remove(self, folder: Path) -> None:
         if folder.exists():

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBERS = {int, float, np.float64, np.float32}
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class ScoreError(ValueError):
@@ -72,8 +73,8 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
         raise ScoreError(
             f"score must return {len(prompts)} numbers, one a completion; got {len(given)}: {shorten(given)}{first}"
         )
-    try:  # the common case, quickly: plain numbers with a finite sum
-        if set(map(type, given)) <= NUMBERS and math.isfinite(sum(given)):
+    try:  # the common case, quickly: plain numbers of a sum that float32 holds
+        if set(map(type, given)) <= NUMBERS and sum(map(abs, given)) <= LARGEST:
             return Scores(np.array(given, dtype=np.float64))
     except OverflowError:
         pass
@@ -100,8 +101,8 @@ def _number(value: Any, prompt: str, completion: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ScoreError(f"score must be finite; got {shorten(value)} {where}")
+    if not abs(number) <= LARGEST:
+        raise ScoreError(f"score must be finite in float32; got {shorten(value)} {where}")
     return number
 
 

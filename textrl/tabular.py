@@ -2,7 +2,7 @@
 
 The prefixes are a tree over tokens, kept as one table of children, so a text finds its rows by S lookups whatever its
 prompts are. Lessons and tests use it where the answer must be exact; `save_pretrained`, `from_pretrained` and the Auto
-classes work as for any other model, and `policy.value_model` gives the table of values that goes with it.
+classes work as for any other model, and `scalars.value_model` gives the table of values that goes with it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from .cli_flags import agent_class, check_env_id
-from .disk import read_json
+from .disk import digest, read_json
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -17,17 +17,21 @@ RUN, FINAL = "run.json", "final"
 """In a run's folder: which agent, environment and seed it was; the agent at the end."""
 
 
-def read_run(called: str, folder: Path) -> dict[str, Any]:
+def read_run(called: str, folder: Path, unchanged: bool = False) -> dict[str, Any]:
     """What `run.json` in a run's folder says; `called` is the argument that the folder is.
 
     Raises:
-        ValueError: where there is none, or it is of another kind.
+        ValueError: where there is none, it is of another kind, or it must be `unchanged` and is not.
     """
     try:
         run: dict[str, Any] = read_json(folder / RUN)
     except (OSError, ValueError) as error:
         what = f"{str(folder)!r} has no {RUN}" if isinstance(error, OSError) else f"{str(folder / RUN)!r} is no JSON"
         raise ValueError(f"{called} must be the --log-dir of a textrl train; {what}") from None
+    right = run.pop("sha256", None) if isinstance(run, dict) else None
+    if unchanged and right not in (None, digest(run)):
+        said = "its content is not what was written; without its sha256 it is taken as it is"
+        raise ValueError(f"{called}: {str(folder / RUN)!r} is damaged: {said}")
     kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
     whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
     if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():

@@ -59,7 +59,7 @@ class Watch:
         return best is not None and best > 0 and metrics.get("rollout/score", 0.0) >= NEAR_BEST * best
 
     def _see_texts(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        entropy = metrics.get("rollout/surprisal", 0.0)
+        entropy = max(0.0, metrics.get("rollout/surprisal", 0.0))  # never -0
         self.entropy = entropy if self.entropy is None else self.entropy
         self._sign(
             "entropy",
