@@ -1,4 +1,4 @@
-"""BestOfN: no learning; n samples of the model, and the one with the highest score (Stiennon 2020, section 4.3).
+"""BestOfN: no learning; n samples of the model, and the one with the highest score (Stiennon 2020, section 4.4).
 
     y = argmax_i score(x, y_i),  y_i ~ pi,  i = 1..n            KL(y || pi) <= log n - (n - 1) / n     (Beirami 2024)
 

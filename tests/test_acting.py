@@ -63,6 +63,16 @@ def test_predict_keeps_inside_the_masks_that_it_can_know():
     assert agent.predict(both, action_masks=masks)[0].tolist() == [1, 3]
 
 
+def test_predict_refuses_a_broken_model():
+    env = textrl.TextEnv(Halves(prompts=("a",)))
+    agent = textrl.Agent(env, loud_for(2), device="cpu")
+    with torch.no_grad():
+        agent.model.transformer.ln_f.bias.fill_(torch.nan)
+    for deterministic in (True, False):
+        with pytest.raises(ValueError, match="model gives logits that are not finite"):
+            agent.predict(env.reset(seed=0)[0], deterministic=deterministic)
+
+
 def test_masks_are_left_out_where_an_observation_does_not_say_which_hold():
     free = textrl.Agent(textrl.TextEnv(Halves(prompts=("c",))), loud_for(2), device="cpu")
     elsewhere, _ = textrl.TextEnv(Halves(prompts=("a",))).reset()

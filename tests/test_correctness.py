@@ -96,7 +96,8 @@ def test_the_policys_penalty_goes_to_zero_for_the_reference_itself():
     env = textrl.TextEnv(Letters(), reference=model, kl_coef=1.0, temperature=0.5)
     _, rollout = rollout_of(copy.deepcopy(model), env)
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, atol=1e-5, rtol=1e-5)
-    assert rollout.scores.max() > 0
+    torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores, atol=1e-4, rtol=1e-5)
+    assert (rollout.rewards.sum(1) != 0).any()
 
 
 # ---- numerics -------------------------------------------------------------------------------------------------
@@ -134,7 +135,6 @@ def test_the_first_minibatchs_ratio_is_one(name, critic):
     agent = PPO(env, MODELS[name](0), config=replace(agent.config, critic=critic))
     metrics = agent.update(agent.collect())
     assert metrics["train/first_ratio_error"] < 1e-4
-    assert metrics["train/clip_fraction"] >= 0
 
 
 def test_a_lower_precision_is_corrected_and_measured():

@@ -116,3 +116,23 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(run, tmp_path
         assert cli.main(again) == 0
         for file in ("progress.csv", "final/model.safetensors"):
             assert (folder / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_a_copy_of_a_run_in_which_the_link_is_a_folder_goes_on(run, unfinished, tmp_path, capsys):
+    shutil.copytree(unfinished, tmp_path / "copy")
+    assert (tmp_path / "copy/best").is_dir() and not (tmp_path / "copy/best").is_symlink()
+    shutil.rmtree(tmp_path / "copy/checkpoints" / sorted(os.listdir(tmp_path / "copy/checkpoints"))[-1])
+    assert cli.main(["train", "--resume", str(tmp_path / "copy"), "--quiet"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "copy/best").is_symlink()
+    assert (tmp_path / "copy/progress.csv").read_bytes() == (run / "progress.csv").read_bytes()
+
+
+def test_a_manifest_that_is_a_list_and_a_changed_number_of_the_run_are_named(unfinished, capsys):
+    newest = Checkpoints(unfinished, 2).path(Checkpoints(unfinished, 2).steps()[0])
+    (newest / MANIFEST).write_text("[]")
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify(newest)
+    told = unfinished / "run.json"
+    told.write_text(told.read_text().replace('"total_timesteps": 300', '"total_timesteps": 301'))
+    assert cli.main(["train", "--resume", str(unfinished), "--quiet"]) == 2
+    assert "run.json' is damaged: its content is not what was written" in capsys.readouterr().err

@@ -195,6 +195,26 @@ def test_a_callable_is_a_policy_too():
     assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), abs=1e-12)
 
 
+def test_a_kl_that_is_infinite_is_said_to_be_and_broken_logits_are_refused():
+    task = RandomTask(4, 3, ("",))
+
+    def never_two(observations):
+        logits = torch.zeros(len(observations), 4)
+        logits[:, 2] = -torch.inf
+        return logits
+
+    found = evaluate_exact(task, tabular_model(task), reference=never_two, kl_coef=0.1)
+    assert (found.kl, found.objective, found.share) == (math.inf, -math.inf, -math.inf)
+    assert evaluate_exact(task, tabular_model(task), reference=never_two).objective == pytest.approx(found.score)
+    assert solve(task, reference=never_two, kl_coef=0.1).kl < 10
+    broken = gpt2(task, 5)
+    with torch.no_grad():
+        broken.transformer.ln_f.weight.fill_(torch.nan)
+    for refused in (lambda: solve(task, reference=broken, kl_coef=0.1), lambda: evaluate_exact(task, broken)):
+        with pytest.raises(ValueError, match="model gives logits that are not finite"):
+            refused()
+
+
 def test_masks_bind_the_policy_only_where_asked():
     task = RandomTask(4, 4, masks=True)
     model = gpt2(task, 5)

@@ -107,6 +107,13 @@ def test_top_k_of_all_tokens_but_one_leaves_that_one_out():
     torch.testing.assert_close(logprobs[0].exp(), torch.tensor(0.5 / 0.9))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_top_k_keeps_k_of_tokens_that_are_alike(k):
+    tokens, logprobs = draw(torch.zeros(50, 4), torch.linspace(0, 0.999, 50), Sampling(top_k=k))
+    assert len(set(tokens.tolist())) == k
+    torch.testing.assert_close(logprobs.exp(), torch.full((50,), 1 / k))
+
+
 LOCAL = [[["global", "local"], 1]]
 SIZES = {"vocab_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 ODD = {

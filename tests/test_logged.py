@@ -101,6 +101,7 @@ def test_what_logged_episodes_are_worth_counts_the_penalty():
         ("either RUN or --env must be given", ["collect", "--dataset", "x"]),
         ("either RUN or --env must be given", ["ope", "absent", *COPY, "--dataset", "x"]),
         ("--kl-coef goes with --env; a RUN has its own", ["ope", "absent", "--kl-coef", "1", "--dataset", "x"]),
+        ("--kl-coef goes with --env; a RUN has its own", ["collect", "absent", "--kl-coef", "0", "--dataset", "x"]),
         ("RUN must be the --log-dir of a textrl train", ["collect", "absent", "--dataset", "x"]),
         ("episodes must be at least 1; got 0", ["collect", *COPY, "--episodes", "0", "--dataset", "x"]),
         ("dataset must be a Minari dataset's folder or id", ["ope", *COPY, "--dataset", "absent"]),

@@ -140,6 +140,7 @@ def test_tries_are_bounded_and_wait_longer_each_time(serve, monkeypatch):
     [
         ((404, b"no"), "answered HTTP 404 Not Found"),
         ((200, b"<html>"), r"must answer with JSON; got b'<html>'"),
+        ((200, b"[" * 200_000), r"must answer with JSON; got b'\[\["),
         ((200, [1.0, 2.0]), r"a list of 1 numbers, or \{.*\}; got \[1.0, 2.0\]"),
         ((200, {"score": [1.0]}), r"got \{'score': \[1.0\]\}"),
     ],

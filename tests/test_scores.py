@@ -84,6 +84,26 @@ def test_the_message_names_the_prompt_and_the_response(kind):
         ) else task.evaluate([{"prompt": "b"}], [[2, 1, 2, 0]])  # fmt: skip
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("value", [3.5e38, -1e308, Unspeakable()])
+def test_scores_that_float32_does_not_hold_and_errors_without_words_are_faults(value):
+    def score(prompts, completions):
+        if isinstance(value, Exception):
+            raise value
+        return [value] * len(completions)
+
+    task = text_env(score).unwrapped.task
+    said = "score raised Unspeakable for prompt 'a'" if isinstance(value, Exception) else "must be finite in float32"
+    with pytest.raises(ScoreError, match=said):
+        task.evaluate([{"prompt": "a"}], [[1, 0]])
+    task.asking = Asking(drop=True)
+    assert task.evaluate([{"prompt": "a"}], [[1, 0]]).faults.keys() == {0}
+
+
 def test_an_error_of_the_batch_alone_names_its_first_response():
     def score(prompts, completions):
         if len(prompts) > 1:
@@ -274,7 +294,8 @@ def test_groups_that_lost_samples_by_hand():
     [
         ({"on_score_error": "ignore"}, r"on_score_error must be one of \['raise', 'drop'\]; got 'ignore'"),
         ({"max_dropped_share": 1.5}, "max_dropped_share must be from 0 to 1; got 1.5"),
-        ({"score_timeout": 0.0}, "score_timeout must be a finite number above 0, or None; got 0.0"),
+        ({"score_timeout": 0.0}, "score_timeout must be a number above 0 and at most [0-9]+, or None; got 0.0"),
+        ({"score_timeout": 1e300}, "score_timeout must be .* got 1e.300"),
         ({"warn_kl": 0.0}, "warn_kl must be above 0; got 0.0"),
     ],
 )
@@ -312,11 +333,14 @@ def test_a_column_cannot_take_the_place_of_what_was_said(name):
         text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", name: "bb"}]).reset()
 
 
-def test_a_score_that_edits_its_token_ids_changes_nothing():
-    def reward(completions, completion_ids):
+def test_a_score_that_edits_what_it_is_given_changes_nothing():
+    def reward(prompts, completions, completion_ids):
         for ids in completion_ids:
             ids.clear()
-        return [0.0] * len(completions)
+        size = len(completions)
+        for values in (prompts, completions, completion_ids):
+            values.clear()
+        return [0.0] * size
 
     env = text_env(reward)
     env.reset()

@@ -79,3 +79,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_three(tmp_path):
     assert agent.num_updates == 5
     assert agent.optimizer.skipped == 3
     assert all(torch.isfinite(p).all() for p in agent.model.parameters())
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), 1e20])
+def test_weights_that_a_step_has_spoilt_are_not_saved(tmp_path, spoilt):
+    env = textrl.TextEnv(textrl.registration.make_task("textrl.envs.copy:Copy"))
+    agent = textrl.agents.REINFORCE(env, batch_size=4)
+
+    def spoil(agent, metrics):
+        if agent.num_updates == 3:
+            with torch.no_grad():
+                agent.model.transformer.ln_f.weight.fill_(spoilt).mul_(spoilt)
+
+    with pytest.raises(TrainingError, match=r"not finite after 3 iterations; the last good checkpoint is .*step-0"):
+        agent.learn(10_000, log_dir=tmp_path, checkpoint_every=1, callback=spoil)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        assert textrl.agents.REINFORCE.load(folder, env).generate(["a"])

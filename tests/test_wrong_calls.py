@@ -229,6 +229,7 @@ def test_registered_again():
         assert horizon() == length
     refused("is registered already", lambda: textrl.register("test/Again-v0", "textrl.envs.copy:Copy"))
     refused('task must be a subclass of textrl.Task or "module:Class"', lambda: gym.make("textrl/Copy-v0", task=5))
+    refused("'math:pi' is 3.14", lambda: gym.make("textrl/Copy-v0", task="math:pi"))
     textrl.registration.register_built_in()
     assert horizon() == 3
 

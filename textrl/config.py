@@ -28,9 +28,7 @@ class AgentConfig:
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
-    score_start: float | None = (
-        None  # the score's weight at first (under a KL penalty, without kl_target); None: by spread
-    )
+    score_start: float | None = None  # under a KL penalty: the score's weight at first; None: by its spread
     seed: int = 0  # of the weights, the prompts and the samples
     device: str = "auto"  # "auto": the GPU where there is one
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast

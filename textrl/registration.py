@@ -52,12 +52,12 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
 
     Args:
         id: "namespace/Name-v0".
-        task: the class, or "module:Class".
+        task: the class, or "module:Class", which is imported when the first environment is made.
         kwargs: defaults of its constructor, and of `TextEnv` (reference, kl_coef, temperature). Of a task that is
             registered again, the last ones hold.
 
     Raises:
-        ValueError: for something that is no `Task`, or an id already taken by another task.
+        ValueError: for something that is neither, or an id already taken by another task.
     """
     if isinstance(task, type) and issubclass(task, Task):
         named = f"{task.__module__}:{task.__qualname__}"

@@ -102,7 +102,8 @@ def _number(value: Any, prompt: str, completion: str) -> float:
     except OverflowError:
         number = math.inf
     if not abs(number) <= LARGEST:
-        raise ScoreError(f"score must be finite in float32; got {shorten(value)} {where}")
+        what = "finite in float32" if math.isfinite(number) else "finite"
+        raise ScoreError(f"score must be {what}; got {shorten(value)} {where}")
     return number
 
 
