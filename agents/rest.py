@@ -15,6 +15,7 @@ may be a logged one, from whatever mu. A score that is drawn (noise, hidden colu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from textrl.agent import Agent
 from textrl.batch import prompt_groups
-from textrl.config import AgentConfig, check
+from textrl.config import AgentConfig, check, is_number
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
 from textrl.memory import mean_of
 from textrl.returns import masked_mean
@@ -53,7 +54,7 @@ class ReSTConfig(AgentConfig):
         super().__post_init__()
         for name in ("grow_batches", "group_size", "epochs"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        given = isinstance(self.quantiles, (tuple, list)) and all(isinstance(each, float) for each in self.quantiles)
+        given = isinstance(self.quantiles, (tuple, list)) and all(is_number(each) for each in self.quantiles)
         check("quantiles", self.quantiles, given, "a tuple of numbers from 0 to 1")
         rising = [0.0, *self.quantiles, 1.0]
         check("quantiles", self.quantiles, len(rising) > 2 and rising == sorted(rising), "rising numbers from 0 to 1")
@@ -135,7 +136,7 @@ class ReST(Agent):
             rewards = torch.zeros_like(self._logged.rewards).scatter(1, last, returns[:, None])
             return replace(self._logged, rewards=rewards)
         check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
-        groups = max(1, self.config.grow_batches * self.config.batch_size // self.config.group_size)
+        groups = math.ceil(self.config.grow_batches * self.config.batch_size / self.config.group_size)
         return collect_sampled(
             self.base,
             self.policy,

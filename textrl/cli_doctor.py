@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from .cli_flags import check_env_id, own_tokenizer, parse_env_args, training_penalty
+from .cli_flags import KL_HELP, check_env_id, own_tokenizer, parse_env_args, training_penalty
 from .render import escape
 
 
@@ -19,7 +19,7 @@ def doctor_parser(commands: Any) -> None:
     doctor.add_argument("--env-arg", action="append", default=[], metavar="NAME=VALUE", help="as for train")
     doctor.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     doctor.add_argument("--reference", help="folder or hub name of the frozen reference")
-    doctor.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: 0.1 with a reference)")
+    doctor.add_argument("--kl-coef", type=float, help=KL_HELP)
     doctor.add_argument("--prompts", metavar="FILE", help="as for train")
     doctor.add_argument("--trainable-layers", type=int, metavar="N", help="as for train")
     doctor.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: %(default)s)")

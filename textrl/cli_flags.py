@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KL_COEF = 0.1
 """The weight of the KL penalty in training to a reference for which none is given."""
+KL_HELP = f"weight of the KL penalty (default: the environment's, or {KL_COEF} with a --reference)"
 USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
 """What is raised where something that a user gave is wrong, or is not there."""
 

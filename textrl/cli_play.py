@@ -48,7 +48,9 @@ def play_parser(commands: Any) -> None:
     play.add_argument("--run", metavar="RUN", dest="folder", help="the --log-dir of a run, whose agent is the policy")
     play.add_argument("--model", help="folder or hub name of the policy (default: a small random one)")
     play.add_argument("--reference", help="folder or hub name of the frozen reference")
-    play.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: that of --run, or 0)")
+    play.add_argument(
+        "--kl-coef", type=float, help="weight of the KL penalty (default: the run's or the environment's)"
+    )
     play.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: %(default)s)")
     play.add_argument("--save", metavar="FILE", help="a new .jsonl file for the finished episodes")
     play.set_defaults(run=play_episodes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from .cli_flags import (
+    KL_HELP,
     agent_class,
     check_env_id,
     own_tokenizer,
@@ -47,7 +48,7 @@ def train_parser(commands: Any) -> None:
     )
     train.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     train.add_argument("--reference", help="folder or hub name of the frozen reference")
-    train.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's, or 0.1)")
+    train.add_argument("--kl-coef", type=float, help=KL_HELP)
     train.add_argument(
         "--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt, for Text-v0"
     )
