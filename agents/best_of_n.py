@@ -16,14 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from textrl.acting import responses_to
+from textrl.acting import responses_to, step
 from textrl.agent import Agent
 from textrl.config import AgentConfig, check
 from textrl.drawing import Sampling
 from textrl.formats import Row
 from textrl.rollout import Rollout, sample_episodes
 from textrl.scores import ScoreError, shorten
-from textrl.stepping import is_bare
+from textrl.stepping import is_bare, paid_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +67,26 @@ class BestOfN(Agent):
 
     def respond(self, rows: Sequence[Row]) -> Rollout:
         """The best of n responses to each row: B episodes. Their log-probabilities are the model's, for one sample."""
-        check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
         repeated = [row for row in rows for _ in range(self.config.n)]
         size = self.config.n
         at_once = self.config.max_tokens_per_microbatch
         samples = sample_episodes(
             self.base, self.policy, repeated, generator=self.generator, group_size=size, tokens_at_once=at_once
         )
-        best = samples.select(best_of_groups(samples.scores, samples.grouping))
-        return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
+        return self._best(samples, samples.scores)
 
     def collect(self) -> Rollout:
-        """The best of n responses to each of `batch_size` prompts of the task."""
-        return self.respond([self.task.sample(self.rng) for _ in range(self.config.batch_size)])
+        """The best of n responses to each of `batch_size` prompts of the task, by what a wrapped environment pays."""
+        rows = [self.task.sample(self.rng) for _ in range(self.config.batch_size)]
+        if is_bare(self.env):
+            return self.respond(rows)
+        samples = step(self, len(rows) * self.config.n, rows)
+        return self._best(samples, paid_scores(samples, self.env))
+
+    @staticmethod
+    def _best(samples: Rollout, scores: Tensor) -> Rollout:
+        best = samples.select(best_of_groups(scores, samples.grouping))
+        return replace(best, ref_logprobs=None)  # log pi - log pi_ref of the best is no estimate of their KL
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learns nothing; says how far from the model the best of n is at most."""

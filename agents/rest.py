@@ -15,7 +15,6 @@ may be a logged one, from whatever mu. A score that is drawn (noise, hidden colu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +23,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from textrl import acting
 from textrl.agent import Agent
 from textrl.batch import prompt_groups
 from textrl.config import AgentConfig, check, is_number
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
 from textrl.memory import mean_of
 from textrl.returns import masked_mean
-from textrl.rollout import Rollout, collect_sampled
-from textrl.stepping import is_bare
+from textrl.rollout import Rollout
 from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -135,17 +134,7 @@ class ReST(Agent):
             last = (self._logged.response_lengths - 1)[:, None]
             rewards = torch.zeros_like(self._logged.rewards).scatter(1, last, returns[:, None])
             return replace(self._logged, rewards=rewards)
-        check("env", self.env, is_bare(self.env), "the environment itself: a wrapped one cannot repeat a prompt")
-        groups = math.ceil(self.config.grow_batches * self.config.batch_size / self.config.group_size)
-        return collect_sampled(
-            self.base,
-            self.policy,
-            groups * self.config.group_size,
-            rng=self.rng,
-            generator=self.generator,
-            group_size=self.config.group_size,
-            tokens_at_once=self.config.max_tokens_per_microbatch,
-        )
+        return acting.collect(self, self.config.grow_batches * self.config.batch_size, self.config.group_size)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve: fits what each of the rising thresholds keeps."""

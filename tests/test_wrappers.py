@@ -188,6 +188,69 @@ def test_a_wrapped_env_is_stepped_by_agents():
     assert agent.collect().rewards.sum(1).mean().item() > before
 
 
+def wrapped(kind, task, **options):
+    """An environment with a wrapper that pays the negative of what is paid inside."""
+    if kind == "single":
+        return TransformReward(textrl.TextEnv(task, **options), lambda reward: -reward)
+    if kind == "sync":
+        return vector_wrappers.TransformReward(
+            SyncVectorEnv([lambda: textrl.TextEnv(task, **options)] * 3), lambda reward: -reward
+        )
+    return vector_wrappers.TransformReward(
+        textrl.TextVectorEnv(task, 3, autoreset_mode=kind, **options), lambda reward: -reward
+    )
+
+
+@pytest.mark.parametrize("kind", ["single", "sync", *MODES])
+def test_groups_of_a_prompt_are_stepped_where_an_environment_is_wrapped(kind):
+    from textrl.agents import GRPO, BestOfN, ReST
+
+    task = Copy(length=1)
+    env = wrapped(kind, task)
+    grouped = GRPO(env, batch_size=6, group_size=4).collect()
+    assert len(grouped) == 8 and grouped.group_size == 4 and grouped.grouping == 4
+    for first in (0, 4):
+        assert len({row["prompt"] for row in grouped.rows[first : first + 4]}) == 1
+        assert len({tuple(each.tolist()) for each in grouped.tokens[first : first + 4, :2]}) == 1
+    assert len(ReST(env, batch_size=4, grow_batches=1, group_size=4).collect()) == 4
+    best = BestOfN(env, batch_size=5, n=16).collect()  # the least of what the task pays is the most of what is paid
+    assert len(best) == 5 and best.rewards.sum(1).mean() > -0.4 and best.group_size == 1
+    agent = GRPO(env, batch_size=32, group_size=4, learning_rate=3e-3)
+    before = agent.respond(task.rows * 20).scores.mean()
+    agent.learn(3_000)
+    assert agent.respond(task.rows * 20).scores.mean() < before - 0.1  # the wrapper's sign
+
+
+def test_groups_keep_their_places_where_scores_fail():
+    from textrl.agents import GRPO
+
+    def score(prompts, completions):
+        return [float("nan") if text.startswith("b") else 1.0 for text in completions]
+
+    tokenizer = textrl.symbol_tokenizer("ab")
+    env = TimeLimit(textrl.TextEnv(Text(tokenizer=tokenizer, prompts=["a", "b"], reward=score, max_new_tokens=2)), 5)
+    agent = GRPO(env, batch_size=32, group_size=8, on_score_error="drop", max_dropped_share=1.0)
+    rollout = agent.collect()
+    assert 0 < len(rollout.dropped) == 32 - len(rollout)
+    for group in range(4):
+        assert (
+            len({row["prompt"] for row, i in zip(rollout.rows, rollout.groups.tolist(), strict=True) if i == group}) < 2
+        )
+    assert np.isfinite(agent.update(rollout)["train/policy_loss"])
+
+
+def test_a_wrapper_that_keeps_options_to_itself_is_named():
+    from textrl.agents import GRPO
+
+    class Deaf(gym.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            return self.env.reset(seed=seed)
+
+    agent = GRPO(Deaf(textrl.TextEnv(Copy(length=3))), batch_size=8, group_size=8)
+    with pytest.raises(ValueError, match=r'env must hand options=.*"row".* on to the environment inside; got <Deaf'):
+        agent.collect()
+
+
 def test_sb3_vec_env_is_the_vector_env():
     from textrl.sb3 import TextVecEnv
 

@@ -19,7 +19,7 @@ from .generation import NotFinite, generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import Act, actor, attached, collect_stepped, draw_inside, is_bare, paid_scores
+from .stepping import Act, actor, attached, collect_groups, collect_stepped, draw_inside, is_bare, paid_scores
 from .stepwise import StepwiseLM
 from .task import Task
 
@@ -34,9 +34,9 @@ Masks = NDArray[np.bool_] | None
 """(N, V): the tokens to draw from; None: all."""
 
 
-def collect(agent: Agent) -> Rollout:
-    """Fresh episodes of an agent's environment: sampled whole, or stepped where somebody wrapped it."""
-    size = -(-agent.config.batch_size // agent.group_size) * agent.group_size
+def collect(agent: Agent, episodes: int, group_size: int) -> Rollout:
+    """Fresh episodes of an agent's environment, `group_size` of a prompt; a last group is made whole."""
+    size = -(-episodes // group_size) * group_size
     if is_bare(agent.env):
         return collect_sampled(
             agent.base,
@@ -44,21 +44,24 @@ def collect(agent: Agent) -> Rollout:
             size,
             rng=agent.rng,
             generator=agent.generator,
-            group_size=agent.group_size,
+            group_size=group_size,
             tokens_at_once=agent.config.max_tokens_per_microbatch,
             narrow=agent.own_masks,
             value=agent.state_value,
         )
-    if agent.group_size > 1:
-        raise ValueError(
-            f"{type(agent).__name__} draws {agent.group_size} responses to each prompt, which a wrapped environment"
-            " cannot be asked for: pass the environment itself"
-        )
-    seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
+    rows = [agent.task.sample(agent.rng) for _ in range(size // group_size)] if group_size > 1 else None
+    return step(agent, size, rows)
 
+
+def step(agent: Agent, size: int, rows: Sequence[Row] | None) -> Rollout:
+    """So many episodes of an environment that somebody wrapped, of its own prompts, or in even groups of these rows."""
+    seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
     with attached(agent.env, agent.stepper, agent.own_masks) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
-        rollout = collect_stepped(agent.env, agent.task, _actor(agent), size, **settings)
+        if rows is None:
+            rollout = collect_stepped(agent.env, agent.task, _actor(agent), size, **settings)
+        else:
+            rollout = collect_groups(agent.env, agent.task, _actor(agent), rows, size // len(rows), **settings)
     agent.paid_otherwise |= not torch.equal(paid_scores(rollout, agent.env), rollout.scores)
     return rollout
 

@@ -167,7 +167,7 @@ class Agent:
 
     def collect(self) -> Rollout:
         """The next batch to learn from: by default `batch_size` fresh episodes of the environment."""
-        return acting.collect(self)
+        return acting.collect(self, self.config.batch_size, self.group_size)
 
     def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The tokens that an agent with masks of its own draws from, within the task's: (N, L) -> (N, V) bool."""

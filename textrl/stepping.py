@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,12 +208,65 @@ def collect_stepped(
         NotFinite: where the agent's log-probabilities are not.
         AllDropped: where every score failed and was let pass.
     """
+    return _stack(_played(env, task, act, batch_size, missing_penalty, seed), task, device)
+
+
+def collect_groups(
+    env: AnyEnv,
+    task: Task,
+    act: Act,
+    rows: Sequence[Row],
+    group_size: int,
+    *,
+    device: torch.device,
+    seed: int | None = None,
+    missing_penalty: float = 0.0,
+) -> Rollout:
+    """Steps an environment as `collect_stepped` does, for `group_size` episodes of each of these rows of the task.
+
+    All rows of a vector environment play the same prompt at once, and one episode of it each.
+
+    Args:
+        env: as for `collect_stepped`.
+        task: likewise.
+        act: likewise.
+        rows: the groups' rows.
+        group_size: k; the episodes of a group are next to each other.
+        device: as for `collect_stepped`.
+        seed: likewise.
+        missing_penalty: likewise.
+
+    Raises:
+        ValueError: likewise, and for a wrapper that does not hand on `reset(options={"row": ...})`.
+    """
+    episodes: list[_Episode] = []
+    for row in rows:
+        group: list[_Episode] = []
+        while len(group) < group_size:
+            group += _played(env, task, act, getattr(env, "num_envs", 1), missing_penalty, seed, {"row": row})
+            seed = None
+        if any(episode.row["prompt"] != row["prompt"] for episode in group):
+            raise ValueError(f'env must hand options={{"row": ...}} on to the environment inside; got {env!r}')
+        episodes += group[:group_size]
+    return _stack(episodes, task, device, group_size)
+
+
+def _played(
+    env: AnyEnv,
+    task: Task,
+    act: Act,
+    count: int,
+    missing_penalty: float,
+    seed: int | None,
+    options: dict[str, Any] | None = None,
+) -> list[_Episode]:
+    """At least `count` episodes, as many in each row of a vector environment, from a reset with these options on."""
     vector = isinstance(env, gym.vector.VectorEnv)
     number: int = getattr(env, "num_envs", 1)
     mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) if vector else AutoresetMode.DISABLED
-    quota, kl_coef = -(-batch_size // number), penalty_weight(env)
+    quota, kl_coef = -(-count // number), penalty_weight(env)
     finished: list[list[_Episode]] = [[] for _ in range(number)]
-    observations, infos = env.reset(seed=seed)
+    observations, infos = env.reset(seed=seed, options=options)
     observations = observations if vector else observations[None]
     running: list[_Episode | None] = [_begun(env, observations, i, task) for i in range(number)]
     while any(len(done) < quota for done in finished):
@@ -244,7 +297,7 @@ def collect_stepped(
         if mode != AutoresetMode.NEXT_STEP:
             for i in np.flatnonzero(ended).tolist():
                 running[i] = _begun(env, observations, i, task)
-    return _stack([episode for done in finished for episode in done], task, device)
+    return [episode for done in finished for episode in done]
 
 
 def _begun(env: Any, observations: NDArray[np.int64], i: int, task: Task) -> _Episode:
@@ -279,10 +332,11 @@ def _written(observation: NDArray[np.int64], task: Task) -> NDArray[np.int64]:
     return written
 
 
-def _stack(every: list[_Episode], task: Task, device: torch.device) -> Rollout:
-    """Episodes as a `Rollout`, those left out whose scores failed."""
+def _stack(every: list[_Episode], task: Task, device: torch.device, group_size: int = 1) -> Rollout:
+    """Episodes, `group_size` of a prompt next to each other, as a `Rollout`; those left out whose scores failed."""
     faults = [e.fault for e in every if e.fault is not None]
-    episodes = [e for e in every if e.fault is None]
+    kept = [i for i, e in enumerate(every) if e.fault is None]
+    episodes = [every[i] for i in kept]
     if not episodes:
         raise AllDropped(faults)
     tokens, prompt_lengths, mask = pad_responses([e.prompt for e in episodes], [e.actions for e in episodes], device)
@@ -299,6 +353,8 @@ def _stack(every: list[_Episode], task: Task, device: torch.device) -> Rollout:
         else None,
         rows=[e.row for e in episodes],
         completions=[e.completion for e in episodes],
+        group_size=group_size,
+        groups=torch.tensor(kept, device=device) // group_size if faults else None,
         dropped=faults,
     )
 
