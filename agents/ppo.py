@@ -172,7 +172,7 @@ class PPO(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
-        shaped, at_once = replace(rollout, rewards=self._shaped(rollout)), config.max_tokens_per_microbatch
+        shaped, at_once = self._shaped(rollout), config.max_tokens_per_microbatch
         if self.kl is None:  # a coefficient that follows a target has a course of its own
             shaped = self.tempered(shaped)
         rollout, known = with_advantages(shaped, self.value, at_once, config.gamma, config.gae_lambda, False)
@@ -197,8 +197,8 @@ class PPO(Agent):
         numbers["kl_coef"] = self.base.kl_coef
         return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
 
-    def _shaped(self, rollout: Rollout) -> Tensor:
-        """The rewards with the score clipped, whitened and taken off for a missing end, as configured: (B, T)."""
+    def _shaped(self, rollout: Rollout) -> Rollout:
+        """The same with its scores, and with them its rewards, clipped, whitened and taken off for a missing end."""
         config, scores = self.config, paid_scores(rollout, self.env)
         new = scores - config.missing_end_penalty * (~rollout.stopped)
         if config.clip_score is not None:
@@ -206,7 +206,7 @@ class PPO(Agent):
         if config.whiten_scores:
             new = whiten(new, torch.ones_like(rollout.stopped), keep_mean=True)
         last = (rollout.response_lengths - 1)[:, None]
-        return rollout.rewards.scatter_add(1, last, (new - scores)[:, None])
+        return replace(rollout, scores=new, rewards=rollout.rewards.scatter_add(1, last, (new - scores)[:, None]))
 
     def _head_values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor:
         """The shared critic's values, (B, T), from the trunk's states (n, d) where they are at hand."""

@@ -6,7 +6,7 @@ import torch
 
 import textrl
 from textrl.acting import _response
-from textrl.agents import GRPO, NLPO
+from textrl.agents import GRPO, NLPO, ReST
 from textrl.envs.copy import Copy
 from textrl.models import small_model
 
@@ -173,6 +173,10 @@ def test_a_batch_is_rounded_up_to_whole_groups():
     agent = GRPO(textrl.TextEnv(Copy(length=2)), batch_size=6, group_size=4)
     rollout = agent.collect()
     assert len(rollout) == 8
+    agent.update(rollout)
+    assert rollout.values is None  # the caller's is as it was
+    rest = ReST(agent.env, batch_size=6, group_size=4, grow_batches=1, quantiles=(0, 0.5))
+    assert len(rest.collect()) == 8
 
 
 def test_nlpo_draws_inside_its_mask_whatever_the_prompt_and_the_length():

@@ -418,6 +418,33 @@ def test_the_first_weight_goes_by_the_spread_of_the_first_scores(scale):
     assert seen == sorted(seen) and seen[-1] == 1
 
 
+def test_scores_that_are_alike_but_for_rounding_have_no_spread():
+    agent = tabular_agent(PPO, batch_size=16)
+    agent.rising = True
+    assert agent.weigh(torch.full((48,), 0.1)) == 1 and agent.first_weight is None
+    assert agent.weigh(torch.tensor([0.0, 2.0])) == agent.first_weight == pytest.approx(0.4 * agent.base.kl_coef)
+
+
+def test_a_run_that_goes_on_weighs_the_score_as_one_that_was_not_stopped(tmp_path):
+    def made():
+        return tabular_agent(PPO, batch_size=16)
+
+    whole, parts = [], []
+    made().learn(600, callback=lambda agent, metrics: whole.append(agent.score_weight))
+
+    def stop(agent, metrics):
+        parts.append(agent.score_weight)
+        return len(parts) != 3
+
+    first = made().learn(600, log_dir=tmp_path, checkpoint_every=1, callback=stop)
+    second = made()
+    second.learn(
+        600, log_dir=tmp_path, checkpoint_every=1, resume=True, callback=lambda a, m: parts.append(a.score_weight)
+    )
+    assert second.first_weight == first.first_weight
+    assert parts == whole and whole[3] < 1
+
+
 @pytest.mark.parametrize("kind", ON_POLICY)
 def test_a_score_of_less_weight_is_a_smaller_score(kind):
     """An update at a weight of 1/2 is one on half the score; without a penalty the score keeps its full weight."""

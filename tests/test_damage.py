@@ -136,3 +136,11 @@ def test_a_manifest_that_is_a_list_and_a_changed_number_of_the_run_are_named(unf
     told.write_text(told.read_text().replace('"total_timesteps": 300', '"total_timesteps": 301'))
     assert cli.main(["train", "--resume", str(unfinished), "--quiet"]) == 2
     assert "run.json' is damaged: its content is not what was written" in capsys.readouterr().err
+
+
+def test_a_folder_of_ones_own_is_not_taken_for_a_copy(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/notes.txt").write_text("mine")
+    flags = ["train", "reinforce", *FLAGS, "--log-dir", str(tmp_path), "--quiet"]
+    assert cli.main(flags) == 2
+    assert (tmp_path / "best/notes.txt").read_text() == "mine"

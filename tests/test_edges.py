@@ -265,7 +265,7 @@ def test_a_score_that_cannot_judge_a_part_of_a_text_judges_whole_ones(by_token):
     one.reset(seed=0), many.reset(seed=0)
     assert [one.step(2)[1] for _ in range(2)] == [0, 0]
     assert [many.step(np.array([2, 3]))[1].tolist() for _ in range(2)] == [[0, 0], [0, 0]]
-    if by_token:  # what it could not say of the parts is missing
+    if by_token:  # what it could not say of the parts is missing, once
         for step in (lambda: one.step(1), lambda: many.step(np.array([1, 2]))):
             with pytest.raises(ValueError, match="score raised IndexError: string index out of range for prompt"):
                 step()

@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_three(tmp_path):
     assert all(torch.isfinite(p).all() for p in agent.model.parameters())
 
 
-@pytest.mark.parametrize("spoilt", [float("nan"), 1e20])
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "finite weights"])
 def test_weights_that_a_step_has_spoilt_are_not_saved(tmp_path, spoilt):
     env = textrl.TextEnv(textrl.registration.make_task("textrl.envs.copy:Copy"))
     agent = textrl.agents.REINFORCE(env, batch_size=4)
@@ -89,9 +89,19 @@ def test_weights_that_a_step_has_spoilt_are_not_saved(tmp_path, spoilt):
     def spoil(agent, metrics):
         if agent.num_updates == 3:
             with torch.no_grad():
-                agent.model.transformer.ln_f.weight.fill_(spoilt).mul_(spoilt)
+                agent.model.transformer.ln_f.weight.fill_(spoilt)
+                agent.model.transformer.wte.weight.fill_(2.0)
 
     with pytest.raises(TrainingError, match=r"not finite after 3 iterations; the last good checkpoint is .*step-0"):
         agent.learn(10_000, log_dir=tmp_path, checkpoint_every=1, callback=spoil)
     for folder in (tmp_path / "checkpoints").iterdir():
         assert textrl.agents.REINFORCE.load(folder, env).generate(["a"])
+
+
+def test_a_token_that_is_never_said_is_not_taken_for_broken_weights(tmp_path):
+    task = textrl.registration.make_task("textrl.envs.copy:Copy")
+    model = textrl.tabular_model(task)
+    with torch.no_grad():
+        model.lm_head.weight[1] = -torch.inf
+    agent = textrl.agents.REINFORCE(textrl.TextEnv(task), model, batch_size=4, learning_rate=0.1)
+    assert agent.learn(100, log_dir=tmp_path, checkpoint_every=20).num_timesteps >= 100

@@ -151,11 +151,11 @@ def test_ppo_divides_advantages_by_no_less_than_the_floor(size, floored):
 def test_a_score_is_lowered_for_a_missing_end_then_clipped_then_whitened():
     rollout = replace(fixed_rollout(rewards=((0.5, 3.0), (-1.0, 0.0))), scores=torch.tensor([3.0, -1.0]))
     agent = tabular_agent(PPO, missing_end_penalty=1.0)
-    assert agent._shaped(rollout).tolist() == [[0.5, 2], [-1, 0]]  # the first did not stop
+    assert agent._shaped(rollout).rewards.tolist() == [[0.5, 2], [-1, 0]]  # the first did not stop
     agent = tabular_agent(PPO, missing_end_penalty=1.0, clip_score=1.5)
-    assert agent._shaped(rollout).tolist() == [[0.5, 1.5], [-1, 0]]
+    assert agent._shaped(rollout).rewards.tolist() == [[0.5, 1.5], [-1, 0]]
     agent = tabular_agent(PPO, missing_end_penalty=1.0, clip_score=1.5, whiten_scores=True)
-    shaped = agent._shaped(rollout)  # mean 0.25, deviation 1.25
+    shaped = agent._shaped(rollout).rewards  # mean 0.25, deviation 1.25
     assert shaped.flatten().tolist() == pytest.approx([0.5, 1.25, -0.75, 0])
 
 

@@ -21,6 +21,7 @@ from .drawing import Sampling
 from .failures import ask_as_configured
 from .files import read_rows
 from .formats import Row
+from .kl import first_weight, score_weight
 from .loop import Callback
 from .memory import Loss, accumulate_gradients, halving
 from .models import pick_device, recompute_blocks, tables, trainable
@@ -125,6 +126,7 @@ class Agent:
         self.schedule = 1.0
         self.first_weight: float | None = None
         self.score_weight = 1.0
+        self.rising = False  # whether the weight of the score is on its way: in the first call of `learn`
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
@@ -218,11 +220,25 @@ class Agent:
 
         Where a wrapper changes rewards the two cannot be told apart, and all stays as it is.
         """
-        weight = self.score_weight if self.base.kl_coef > 0 else 1.0
-        if rollout.ref_logprobs is None or weight == 1 or self.paid_otherwise:
+        if rollout.ref_logprobs is None or self.base.kl_coef == 0 or self.paid_otherwise:
+            return rollout
+        if (weight := self.weigh(rollout.scores)) == 1:
             return rollout
         penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
         return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)
+
+    def weigh(self, scores: Tensor) -> float:
+        """Sets and returns `score_weight` for an update under a KL penalty that learns from these scores, (B,)."""
+        if not self.rising:
+            return self.score_weight
+        start = self.first_weight if self.config.score_start is None else self.config.score_start
+        if start is None:
+            spread = float(scores.std(unbiased=False))
+            if not spread > 1e-5 * float(scores.abs().max()):  # all are the same, but for rounding
+                return self.score_weight
+            start = self.first_weight = first_weight(self.base.kl_coef, spread)
+        self.score_weight = score_weight(start, 1 - self.progress_remaining)
+        return self.score_weight
 
     def shuffled(self, size: int, parts: int) -> list[Tensor]:
         """`parts` random minibatches of the indices below `size`, each on the device."""

@@ -131,11 +131,13 @@ def _call(score: Score, columns: Columns, timeout: float | None) -> Any:
     Raises:
         ScoreError: for an exception, or no answer in time.
     """
-    given = {name: list(values) for name, values in columns.items()}  # a score may change what it is given
+    given = {  # a score may change what it is given
+        name: [each.copy() if type(each) is list else each for each in values] for name, values in columns.items()
+    }
     try:
         return score(**given) if timeout is None else _within(timeout, partial(score, **given))
-    except _Late:
-        raise ScoreError(f"score gave no answer within {timeout:g} s (score_timeout) for {_first(columns)}") from None
+    except _Late as late:
+        raise ScoreError(f"score gave no answer within {timeout:g} s (score_timeout) for {_first(columns)}") from late
     except Exception as error:
         try:
             said = f": {shorten(str(error), 200)[1:-1]}" if str(error) else ""
@@ -152,7 +154,7 @@ def _first(columns: Columns) -> str:
     return about(columns["prompts"][0], columns["completions"][0]) + (f", the first of {size}" if size > 1 else "")
 
 
-class _Late(Exception):
+class _Late(TimeoutError):
     """There was no answer in time."""
 
 

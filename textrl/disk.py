@@ -66,7 +66,8 @@ def write_text(file: Path, text: str) -> None:
 
 def digest(content: Any) -> str:
     """The SHA-256 of what is written as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    read = json.loads(json.dumps(content))  # keys that are numbers are read as texts
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(file: Path) -> str:

@@ -140,7 +140,9 @@ def _causal(patient: Patient) -> str:
         whole = patient.task.evaluate([row], [response]).tokens
         for t in range(len(response)):
             part = patient.task.evaluate([row], [response[: t + 1]]).tokens
-            assert whole is not None and part is not None
+            if whole is None or part is None:
+                where = about(row["prompt"], texts[i])
+                raise Fault(f"score gives no rewards for tokens for {where}", "a list of them for every response")
             if abs(part[0][t] - whole[0][t]) > 1e-5 * (1 + abs(whole[0][t])):
                 raise Fault(
                     f"token {t + 1} of {len(response)} is worth {part[0][t]:.4g} when it is written and"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .asking import Asking
 from .runs import Checkpoints
@@ -58,6 +60,13 @@ def stop_if_stuck(agent: Agent, metrics: dict[str, float], saved: Checkpoints | 
         )
 
 
+def spoilt(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a weight that learns is NaN or infinite."""
+    ends = [torch.aminmax(each.detach()) for each in parameters if each.requires_grad and each.numel()]
+    extremes = torch.stack([end.float() for pair in ends for end in pair])
+    return bool((extremes.isnan() | (extremes == torch.inf)).any())
+
+
 @torch.no_grad()
 def stop_if_broken(agent: Agent, saved: Checkpoints | None) -> None:
     """Ends a run whose weights a step has spoilt, before they are saved: no later step can mend them.
@@ -66,8 +75,9 @@ def stop_if_broken(agent: Agent, saved: Checkpoints | None) -> None:
         TrainingError: naming the last checkpoint.
     """
     begin = torch.tensor([[agent.task.eos_token_id]], device=agent.device)
-    weights = (weight for module in agent.modules.values() for weight in module.parameters())
-    if not all(weight.isfinite().all() for weight in weights) or not agent.model(begin).logits.isfinite().all():
+    logits = agent.model(input_ids=begin).logits[0, -1, : agent.task.vocab_size]  # -inf: a token that is never said
+    said = bool(logits.softmax(-1).isfinite().all())
+    if not said or spoilt(each for module in agent.modules.values() for each in module.parameters()):
         raise TrainingError(
             f"the model gives numbers that are not finite after {agent.num_updates} iterations; {last_good(saved)}; a"
             " lower learning_rate usually mends it"

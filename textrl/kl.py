@@ -36,9 +36,10 @@ FIRST_SPREAD, E_FOLD, LONGEST = 0.4, 0.15, 0.6
 
 
 def first_weight(kl_coef: float, spread: float) -> float:
-    """The weight at which scores of this standard deviation move the optimum 0.4 nats from the reference, at most 1.
+    """The weight of scores of this standard deviation under which the optimum is still near the reference, at most 1.
 
-    The log-ratio of pi_ref exp(weight * score / kl_coef) to pi_ref has a deviation of weight * spread / kl_coef.
+    There the log-ratio of the optimum, pi_ref exp(weight * score / kl_coef), to pi_ref has a deviation of 0.4. (Where
+    prompts differ in their mean score, `spread` is larger than it is for any of them, and the weight smaller.)
     """
     return min(1.0, FIRST_SPREAD * kl_coef / spread)
 

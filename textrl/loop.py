@@ -14,7 +14,6 @@ from .asking import AllDropped
 from .config import as_path, check, check_type
 from .failures import ask_as_configured, note_skips, stop_if_broken, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
-from .kl import first_weight, score_weight
 from .logging import RunLog
 from .memory import explained
 from .models import few_threads
@@ -108,7 +107,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     if agent.num_timesteps >= goal:
         agent.call = None
     agent.anneal(1.0)
-    agent.score_weight = 1.0
+    agent.score_weight, agent.rising = 1.0, False
 
 
 def _this_call(agent: Agent, total: int | None, checkpoint_every: int | None) -> dict[str, Any]:
@@ -135,13 +134,13 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     agent.progress_remaining = (goal - agent.num_timesteps) / total
     cooldown = agent.config.cooldown
     agent.anneal(min(1.0, agent.progress_remaining / cooldown) if cooldown > 0 else 1.0)
+    agent.score_weight, agent.rising = 1.0, goal == total  # in the first call
     began = time.perf_counter()
     skipped = agent.optimizer.skipped
     with explained(agent.config):
         rollout, dropped, metrics = _collect(agent)
         collected = time.perf_counter()
         if rollout is not None:
-            _weigh(agent, rollout, first=goal == total)
             found = agent.update(rollout)
             if not isinstance(found, Mapping):
                 raise TypeError(f"{type(agent).__name__}.update must return a dict of numbers; got {shorten(found)}")
@@ -162,16 +161,6 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     metrics["time/tokens_per_second"] = tokens / (now - began)
     metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - began, now - collected
     return metrics, dropped, asked
-
-
-def _weigh(agent: Agent, rollout: Rollout, first: bool) -> None:
-    """Sets the weight of the score, which rises in the first call of `learn`, once the spread of scores is known."""
-    if agent.first_weight is None and (spread := float(rollout.scores.std(unbiased=False))) > 0:
-        agent.first_weight = first_weight(agent.base.kl_coef, spread)
-    start = agent.first_weight if agent.config.score_start is None else agent.config.score_start
-    if not first or start is None or agent.base.kl_coef == 0:
-        start = 1.0
-    agent.score_weight = score_weight(start, 1 - agent.progress_remaining)
 
 
 def _collect(agent: Agent) -> tuple[Rollout | None, list[str], dict[str, float]]:

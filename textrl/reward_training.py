@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
 from .config import check, check_types, make_config
-from .failures import SKIPS_IN_A_ROW, TrainingError, last_good
+from .failures import SKIPS_IN_A_ROW, TrainingError, last_good, spoilt
 from .folders import SCORER_IN_TRAINING, verify, whole_folder, write_manifest
 from .logging import RunLog
 from .loop import Run
@@ -286,6 +286,11 @@ def train_reward_model(
             if saved is None or checkpoint_every is None:
                 continue
             if training.due(checkpoint_every) or signals.caught:
+                if spoilt(reward_model.model.parameters()):
+                    raise TrainingError(
+                        f"the reward model's weights are not finite after {now.step} steps; {last_good(saved)}; a lower"
+                        " learning_rate usually mends it"
+                    )
                 now.log = log.sync()
                 signals.leave(saved.write(now.seen, training.save, now.best))
     reward_model.model.requires_grad_(False)

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from .disk import sync
-from .folders import CheckpointError, check_kind
+from .folders import MANIFEST, CheckpointError, check_kind
 
 FOLDER, BEST = "checkpoints", "best"
 
@@ -45,7 +45,7 @@ class Checkpoints:
             link = self.run / f".{BEST}"
             link.unlink(missing_ok=True)
             link.symlink_to(Path(FOLDER) / self.path(best).name)
-            self._remove_copy()
+            self._unlink_best()
             link.replace(self.run / BEST)
         for old in self.steps()[self.keep :]:
             if old != best:
@@ -89,15 +89,24 @@ class Checkpoints:
         if scorer is not None:
             for step in self.steps():
                 check_kind(self.path(step), scorer)
-        self._remove_copy()
-        (self.run / BEST).unlink(missing_ok=True)
         if self.folder.exists():
+            self._unlink_best()
             shutil.rmtree(self.folder)
 
-    def _remove_copy(self) -> None:
-        """What a copy of the run that followed its link made of it is a folder."""
-        if (self.run / BEST).is_dir() and not (self.run / BEST).is_symlink():
-            shutil.rmtree(self.run / BEST)
+    def _unlink_best(self) -> None:
+        """Removes the link, or the copy of a checkpoint that a copy of the run made of it.
+
+        Raises:
+            ValueError: for a folder that is neither.
+        """
+        best = self.run / BEST
+        if best.is_dir() and not best.is_symlink():
+            manifests = [self.path(step) / MANIFEST for step in self.steps()]
+            told = (best / MANIFEST).read_bytes() if (best / MANIFEST).is_file() else None
+            if told not in [each.read_bytes() for each in manifests if each.is_file()]:
+                raise ValueError(f"{str(best)!r} is a folder of something else: give it another name")
+            shutil.rmtree(best)
+        best.unlink(missing_ok=True)
 
     def _remove(self, folder: Path) -> None:
         if folder.exists():

@@ -88,7 +88,8 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
                 f" got {shorten(values)} for {about(prompts[i], completions[i])}"
             )
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
-    return Scores(np.array([values.sum() for values in tokens]), tokens)
+    totals = [values.sum() for values in tokens]
+    return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(totals)]), tokens)
 
 
 def _number(value: Any, prompt: str, completion: str) -> float:

@@ -12,7 +12,7 @@ from .asking import Asking, ask
 from .codec import Codec
 from .config import check, check_type, is_count
 from .formats import Row
-from .scores import ScoreError, Scores, shorten
+from .scores import ScoreError, Scores, ScoreUnavailable, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,8 +73,8 @@ class Task:
         self.vocab_size: int = len(tokenizer)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.token_scores: bool | None = None
-        """Whether `score` gives a list per text; None until a score has been seen."""
-        self._unjudged: ScoreError | None = None
+        """Whether `score` gives a list per text: None before it was seen, False too where it cannot judge parts."""
+        self._unjudged: str | None = None  # what was wrong with the score of a part
         self.asking = Asking()  # how `score` is asked: how long it may take, and what happens when it fails
         check_type("special_tokens", special_tokens, "bool")
         self.special_tokens = special_tokens
@@ -245,24 +245,25 @@ class Task:
         scores = ask(self.score, given, self.asking)
         if len(scores.faults) < len(rows):
             self.token_scores = scores.tokens is not None
-            if self.token_scores and self._unjudged is not None:
-                raise self._unjudged
         return scores
 
     def evaluate_parts(self, rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> Scores | None:
         """The scores of unfinished responses, where the score gives a reward for every token; else None.
 
         Whether it does is not known before the first score. One that cannot judge a part is taken to judge whole texts
-        alone; if it then gives rewards for tokens, the error with the part is raised.
+        alone; if it then gives rewards for tokens, `finish` raises the error with the part.
+
+        Raises:
+            ScoreError: as `evaluate`, where the score is known to judge tokens, or could not be asked.
         """
         if self.token_scores is False:
             return None
         try:
             scores = self.evaluate(rows, completion_ids)
         except ScoreError as error:
-            if self.token_scores:
+            if self.token_scores or isinstance(error.__cause__, (ScoreUnavailable, OSError)):
                 raise
-            self._unjudged, self.token_scores = error, False
+            self._unjudged, self.token_scores = str(error), False
             return None
         return scores if self.token_scores else None
 
@@ -273,6 +274,9 @@ class Task:
         """
         completions = self.decode(completion_ids)
         scores = self.evaluate(rows, completion_ids, completions)
+        if self.token_scores and self._unjudged is not None:
+            unjudged, self._unjudged = self._unjudged, None
+            raise ScoreError(unjudged)
         prompts = [row["prompt"] for row in rows]
         end = self.eos_token_id
         columns: dict[str, Any] = {
