@@ -101,7 +101,7 @@ class GRPO(Agent):
         else:
             advantages = leave_one_out(scores, rollout.grouping) / spread
         if rollout.ref_logprobs is not None and self.base.kl_coef > 0:
-            advantages = self.weigh(advantages if config.scale == "group" else rollout.scores) * advantages
+            advantages = self.weigh(advantages if config.scale == "group" else scores) * advantages
         self._kl_weight = self.base.kl_coef / float(spread)
         rollout = replace(rollout, advantages=torch.where(mask, advantages[:, None], 0.0))
         steps = [

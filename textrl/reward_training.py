@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, eq. 1): (B,), (B,) -> ()."""
+    """Mean of -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry; Stiennon 2020, section 3.4): (B,), (B,) -> ()."""
     return -logsigmoid(chosen - rejected).mean()
 
 

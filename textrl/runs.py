@@ -45,7 +45,7 @@ class Checkpoints:
             link = self.run / f".{BEST}"
             link.unlink(missing_ok=True)
             link.symlink_to(Path(FOLDER) / self.path(best).name)
-            self._unlink_best()
+            self._remove_copy()
             link.replace(self.run / BEST)
         for old in self.steps()[self.keep :]:
             if old != best:
@@ -90,23 +90,24 @@ class Checkpoints:
             for step in self.steps():
                 check_kind(self.path(step), scorer)
         if self.folder.exists():
-            self._unlink_best()
+            self._remove_copy()
+            (self.run / BEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
 
-    def _unlink_best(self) -> None:
-        """Removes the link, or the copy of a checkpoint that a copy of the run made of it.
+    def _remove_copy(self) -> None:
+        """Removes the copy of a checkpoint that a copy of the run, its links followed, made of the link.
 
         Raises:
-            ValueError: for a folder that is neither.
+            ValueError: for a folder that is none.
         """
         best = self.run / BEST
-        if best.is_dir() and not best.is_symlink():
-            manifests = [self.path(step) / MANIFEST for step in self.steps()]
-            told = (best / MANIFEST).read_bytes() if (best / MANIFEST).is_file() else None
-            if told not in [each.read_bytes() for each in manifests if each.is_file()]:
-                raise ValueError(f"{str(best)!r} is a folder of something else: give it another name")
-            shutil.rmtree(best)
-        best.unlink(missing_ok=True)
+        if best.is_symlink() or not best.is_dir():
+            return
+        manifests = [self.path(step) / MANIFEST for step in self.steps()]
+        told = (best / MANIFEST).read_bytes() if (best / MANIFEST).is_file() else None
+        if told not in [each.read_bytes() for each in manifests if each.is_file()]:
+            raise ValueError(f"{str(best)!r} is a folder of something else: give it another name")
+        shutil.rmtree(best)
 
     def _remove(self, folder: Path) -> None:
         if folder.exists():
