@@ -18,12 +18,12 @@ from torch import Tensor
 
 from textrl.acting import responses_to, step
 from textrl.agent import Agent
+from textrl.attaching import is_bare, paid_scores
 from textrl.config import AgentConfig, check
 from textrl.drawing import Sampling
 from textrl.formats import Row
 from textrl.rollout import Rollout, sample_episodes
 from textrl.scores import ScoreError, shorten
-from textrl.stepping import is_bare, paid_scores
 
 
 @dataclass(frozen=True, kw_only=True)

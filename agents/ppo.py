@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from textrl.acting import allowed_at
 from textrl.agent import Agent
+from textrl.attaching import paid_scores
 from textrl.config import AgentConfig, check
 from textrl.critic import with_advantages
 from textrl.heads import head_of
@@ -33,7 +34,6 @@ from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout
 from textrl.scalars import load_scalar
-from textrl.stepping import paid_scores
 from textrl.textcritic import separate_critic
 from textrl.wrappers import AnyEnv
 

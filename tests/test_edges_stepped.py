@@ -18,6 +18,7 @@ import textrl
 from textrl import cli, collecting, enumeration
 from textrl.agents import NLPO, REINFORCE
 from textrl.asking import Asking, ask
+from textrl.attaching import penalty_weight
 from textrl.batch import batched_logprobs
 from textrl.collecting import collect
 from textrl.envs.copy import Copy
@@ -29,7 +30,6 @@ from textrl.patient import Patient
 from textrl.policy import CausalPolicy
 from textrl.rollout import masks_along
 from textrl.scores import ScoreUnavailable
-from textrl.stepping import penalty_weight
 from textrl.stepwise import check_positions
 from textrl.tabular import tabular_model
 from textrl.trunk import frozen_blocks, same_blocks

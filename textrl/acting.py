@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .arguments import check_observations
+from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
 from .config import check
 from .drawing import Sampling
 from .formats import Row
@@ -19,7 +20,7 @@ from .generation import NotFinite, generate, stop_at
 from .models import load_model, longest_text
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
-from .stepping import Act, actor, attached, collect_groups, collect_stepped, draw_inside, is_bare, paid_scores
+from .stepping import collect_groups, collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task
 

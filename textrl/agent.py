@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from . import acting, checkpoint, loop, state
 from .acting import allowed_at
+from .attaching import base_env
 from .config import AgentConfig, as_path, check, make_config
 from .drawing import Sampling
 from .failures import ask_as_configured
@@ -29,7 +30,6 @@ from .optim import Optimizer
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout
 from .starting import starting_model
-from .stepping import base_env
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks

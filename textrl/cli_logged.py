@@ -53,8 +53,8 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
     Raises:
         ValueError: for both, neither, or a run that is none or did not end.
     """
+    from .attaching import base_env
     from .models import small_model
-    from .stepping import base_env
 
     if (options.folder is None) == (options.env is None):
         raise ValueError("either RUN or --env must be given, and not both; textrl envs lists the environments")

@@ -19,13 +19,14 @@ import torch
 
 from .acting import evaluated_policy
 from .agent import Agent
+from .attaching import actor, attached, base_env, is_bare, paid_scores
 from .config import check, check_type
 from .disk import could_be_folder
 from .env import observation_space
 from .episodes import dataset_folder, minari_module, on_device, open_dataset, vocabulary_digest
 from .models import few_threads
 from .rollout import Rollout, collect_sampled
-from .stepping import actor, attached, base_env, collect_stepped, is_bare, paid_scores
+from .stepping import collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task
 from .wrappers import AnyEnv

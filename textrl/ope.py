@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .acting import evaluated_policy
 from .agent import Agent
+from .attaching import base_env
 from .batch import batched_logprobs, microbatches
 from .config import check
 from .episodes import as_episodes, check_whole
@@ -34,7 +35,6 @@ from .logprobs import NEVER
 from .policy import CausalPolicy
 from .returns import discounted_returns
 from .rollout import Rollout, masks_along
-from .stepping import base_env
 from .wrappers import AnyEnv
 
 if TYPE_CHECKING:

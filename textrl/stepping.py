@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,133 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .asking import AllDropped
+from .attaching import Act, penalty_weight
 from .batch import pad_responses
-from .drawing import Sampling, draw
-from .env import TextEnv
 from .formats import Row
 from .generation import NotFinite
-from .penalty import Policy
-from .rollout import Narrow, Rollout, both_masks
+from .rollout import Rollout
 from .scores import about
 from .task import FAULT, Task
-from .vector import TextVectorEnv
-from .wrappers import AnyEnv, KLPenalty, VectorKLPenalty, check_taken
-
-Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
-"""observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
-
-
-def base_env(env: Any) -> TextEnv | TextVectorEnv:
-    """The `TextEnv` or `TextVectorEnv` inside any wrappers (the first one of a `SyncVectorEnv`).
-
-    Raises:
-        ValueError: where there is none.
-    """
-    base = getattr(env, "unwrapped", env)
-    if isinstance(base, gym.vector.SyncVectorEnv):
-        base = base.envs[0].unwrapped
-    if not isinstance(base, (TextEnv, TextVectorEnv)):
-        raise ValueError(f"env must be a textrl environment, wrapped or not; got {base!r}")
-    return base
-
-
-def is_bare(env: AnyEnv) -> bool:
-    """Whether nothing stands between the agent and the task's episodes but Gymnasium's own checks."""
-    while isinstance(env, (gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing)):
-        env = env.env
-    return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
-
-
-def actor(
-    env: AnyEnv, policy: Policy, temperature: float, generator: torch.Generator, narrow: Narrow | None = None
-) -> Act:
-    """Draws from a policy's logits, inside the action masks of environment and agent where there are any."""
-    base = base_env(env)
-
-    def act(
-        observations: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
-        masks = both_masks(action_masks(env) if base.task.masked else None, narrow, observations)
-        tokens, logprobs = draw_inside(policy(observations), masks, Sampling(temperature), generator)
-        return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
-
-    return act
-
-
-def draw_inside(
-    logits: Tensor, masks: NDArray[np.bool_] | None, sampling: Sampling, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One token a row inside the masks (N, V), and its log-probability: (N, V) -> (N,) twice."""
-    uniforms = torch.rand(len(logits), generator=generator).to(logits.device)
-    forbidden = None if masks is None else ~torch.from_numpy(masks).to(logits.device)
-    return draw(logits, uniforms, sampling, forbidden)
-
-
-def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
-    """The masks that hold now, (N, V)."""
-    inner: Any = env.unwrapped
-    if isinstance(inner, gym.vector.SyncVectorEnv):
-        return np.stack([each.get_wrapper_attr("action_masks")() for each in inner.envs])
-    asked = env.get_wrapper_attr("action_masks") if isinstance(env, gym.Env) else inner.action_masks
-    return np.atleast_2d(asked())
-
-
-@contextmanager
-def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[float]:
-    """Lets an environment know who acts in it, as long as this lasts, so that it can pay the whole KL penalty.
-
-    Args:
-        env: wrapped or not.
-        policy: observations (N, L) -> logits (N, V), without masks.
-        narrow: the agent's own masks, if it has any.
-
-    Yields:
-        kl_coef, where the environment could not be told and leaves `-kl_coef * log pi` to the agent; else 0.
-    """
-    base = base_env(env)
-    if env.unwrapped is not base:
-        yield penalty_weight(env)
-        return
-
-    def inside(observations: NDArray[np.int64]) -> Tensor:
-        """What tokens are drawn from: inside the masks that hold now."""
-        logits: Tensor = policy(observations)
-        masks = both_masks(np.atleast_2d(base.action_masks()) if base.task.masked else None, narrow, observations)
-        return logits if masks is None else logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
-
-    before, base.policy = base.policy, inside
-    try:
-        yield 0.0
-    finally:
-        base.policy = before  # whoever steps the environment next is another
-
-
-def penalty_weight(env: Any) -> float:
-    """The sum of the weights of all KL penalties that are paid, by an environment and by wrappers around it."""
-    weight = 0.0
-    while not isinstance(env, (TextEnv, TextVectorEnv)):
-        if isinstance(env, (KLPenalty, VectorKLPenalty)):
-            weight += env.kl_coef
-        env = env.envs[0] if isinstance(env, gym.vector.SyncVectorEnv) else env.env
-    return weight + (0.0 if env.reference is None else env.kl_coef)
-
-
-def paid_scores(rollout: Rollout, env: AnyEnv) -> Tensor:
-    """What an environment paid for each response beside the KL penalty: the scores, but where a wrapper changed them.
-
-    Args:
-        rollout: B episodes of the environment.
-        env: wrapped or not.
-
-    Returns:
-        (B,).
-    """
-    if is_bare(env):
-        return rollout.scores
-    paid = rollout.rewards.sum(1)
-    if rollout.ref_logprobs is not None:
-        paid = paid + penalty_weight(env) * (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    return torch.where((paid - rollout.scores).abs() < 1e-4 * (1 + paid.abs()), rollout.scores, paid)  # rounding
+from .wrappers import AnyEnv, check_taken
 
 
 @dataclass
