@@ -157,7 +157,7 @@ class BPO(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on a minibatch of logged episodes."""
         if self.config.weighting == "tis":
-            numbers = self._importance_step(replace(rollout, group_size=1))
+            numbers = self._importance_step(rollout)
         else:
             numbers = self.minimise(self._fit, rollout)
         numbers["effective_sample_size"] = float(1 / (self.weights**2).sum())

@@ -53,7 +53,7 @@ class NLPO(PPO):
         super().build()
         self.mask_model = self.modules["mask_policy"] = frozen_copy(self.model)
         mask_policy = CausalPolicy(self.mask_model, self.task.vocab_size, self.base.temperature)
-        self.mask_stepper = StepwiseLM(mask_policy, self.task.vocab_size)
+        self.mask_stepper = StepwiseLM(mask_policy)
 
     def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask policy's top-p tokens at each observation."""

@@ -28,7 +28,7 @@ from textrl.attaching import paid_scores
 from textrl.config import AgentConfig, check
 from textrl.critic import with_advantages
 from textrl.heads import head_of
-from textrl.kl import AdaptiveKL, k3
+from textrl.kl import adapted, k3
 from textrl.memory import mean_of
 from textrl.returns import masked_mean, masked_var, whiten
 from textrl.rewards import RewardModel
@@ -109,7 +109,6 @@ class PPO(Agent):
 
     config: PPOConfig
     config_class: ClassVar[type[AgentConfig]] = PPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("kl",)  # its coefficient is the environment's
 
     def __init__(
         self,
@@ -159,13 +158,11 @@ class PPO(Agent):
             self.modules["critic"] = made.model
             if made.tokenizer is not None:
                 self.tokenizers["critic"] = made.tokenizer
-        self.kl = None
         if self.config.kl_target is not None:
             penalised = self.base.reference is not None and self.base.kl_coef > 0  # what is 0 cannot follow
             check("kl_target", self.config.kl_target, penalised, "None without a reference and a kl_coef above 0")
             one = not isinstance(self.env.unwrapped, SyncVectorEnv)  # each of its environments has a coefficient
             check("kl_target", self.config.kl_target, one, "None for a SyncVectorEnv")
-            self.kl = AdaptiveKL(self.base.kl_coef, self.config.kl_target, self.config.kl_horizon)
 
     # ---- one batch -------------------------------------------------------------------------------------------
 
@@ -173,7 +170,7 @@ class PPO(Agent):
         """A few epochs of clipped steps on one batch."""
         config, mask = self.config, rollout.action_mask
         shaped, at_once = self._shaped(rollout), config.max_tokens_per_microbatch
-        if self.kl is None:  # a coefficient that follows a target has a course of its own
+        if config.kl_target is None:  # a coefficient that follows a target has a course of its own
             shaped = self.tempered(shaped)
         rollout, known = with_advantages(shaped, self.value, at_once, config.gamma, config.gae_lambda, False)
         assert rollout.advantages is not None
@@ -190,10 +187,9 @@ class PPO(Agent):
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
         numbers["steps"] = len(steps)
         numbers["explained_variance"] = known
-        if self.kl is not None and rollout.ref_logprobs is not None:
+        if config.kl_target is not None and rollout.ref_logprobs is not None:
             kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
-            self.kl.kl_coef = self.base.kl_coef  # the environment's is the one that is saved and restored
-            self.base.kl_coef = self.kl.update(kl, len(rollout))
+            self.base.kl_coef = adapted(self.base.kl_coef, kl, config.kl_target, len(rollout), config.kl_horizon)
         numbers["kl_coef"] = self.base.kl_coef
         return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
 

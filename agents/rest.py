@@ -139,7 +139,6 @@ class ReST(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Improve: fits what each of the rising thresholds keeps."""
         returns, groups = rollout.rewards.sum(1), prompt_groups(rollout)
-        rollout = replace(rollout, group_size=1)
         steps: list[dict[str, float]] = []
         size = 0.0
         for quantile in self.config.quantiles:

@@ -77,14 +77,8 @@ class Text(Task):
             max_prompt_tokens=max_prompt_tokens,
             special_tokens=special_tokens,
         )
-        self._prompts.each(self._check)
-
-    def _check(self, row: Row) -> None:
-        prompt = text_of(row, "prompt")
-        if self._max_prompt_tokens is None:  # the longest prompt is the limit
-            self._codec.encode(prompt)
-        else:
-            self.encode(row)
+        longest_is_limit = max_prompt_tokens is None
+        self._prompts.each(lambda row: (text_of(row, "prompt"), self.encode(row, any_length=longest_is_limit)))
 
     def prompts(self) -> list[Row]:
         """The rows, in order."""

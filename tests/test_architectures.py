@@ -167,7 +167,7 @@ def small_llama():
 
 def test_a_stepper_sees_weights_that_somebody_changed():
     model = small_model(V, 32)
-    stepper = StepwiseLM(CausalPolicy(model, V), fill=V)
+    stepper = StepwiseLM(CausalPolicy(model, V))
     observation = torch.tensor([[0, 1, 2, V, V]]).numpy()
     before = stepper(observation)
     model.load_state_dict(small_model(V, 32, seed=1).state_dict())
@@ -234,7 +234,7 @@ def test_a_forward_that_does_not_fit_into_memory_says_so():
 
 def test_a_stepper_follows_a_fused_step_and_models_made_for_inference():
     model = small_model(V, 32)
-    stepper = StepwiseLM(CausalPolicy(model, V), fill=V)
+    stepper = StepwiseLM(CausalPolicy(model, V))
     observation = torch.tensor([[0, 1, 2, V, V]]).numpy()
     before = stepper(observation).clone()
     optimizer = Optimizer(model.parameters(), learning_rate=0.1)
@@ -245,7 +245,7 @@ def test_a_stepper_follows_a_fused_step_and_models_made_for_inference():
     torch.testing.assert_close(stepper(observation)[0], right, atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
         fixed = small_model(V, 32)
-        assert StepwiseLM(CausalPolicy(fixed, V), fill=V)(observation).shape == (1, V)
+        assert StepwiseLM(CausalPolicy(fixed, V))(observation).shape == (1, V)
 
 
 def test_weights_that_are_set_to_what_they_are_keep_their_float32_copies():

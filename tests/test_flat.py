@@ -173,10 +173,10 @@ def test_the_stepper_is_the_same(name, plainly):
         if t == 3:  # a new episode in one row
             observations[1], starts[1] = VOCAB, 1 - t - 1
             observations[1, :1] = 5
-    flat_stepper = StepwiseLM(policy, VOCAB)
+    flat_stepper = StepwiseLM(policy)
     flat = [flat_stepper(each).clone() for each in history]
     plainly()
-    plain_stepper = StepwiseLM(policy, VOCAB)
+    plain_stepper = StepwiseLM(policy)
     for mine, each in zip(flat, history, strict=True):
         torch.testing.assert_close(mine, plain_stepper(each), atol=2e-5, rtol=1e-5)
 

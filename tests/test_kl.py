@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from textrl.kl import AdaptiveKL, first_weight, full_kl, k1, k2, k3, score_weight
+from textrl.kl import adapted, first_weight, full_kl, k1, k2, k3, score_weight
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
@@ -13,8 +13,10 @@ KL = 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3)
 
 
 def test_a_coefficient_stays_above_zero_however_short_the_horizon():
-    adaptive = AdaptiveKL(0.1, 100.0, 10.0)
-    assert [adaptive.update(0.0, 64) for _ in range(3)] == pytest.approx([0.08, 0.064, 0.0512])
+    coefs = [0.1]
+    for _ in range(3):
+        coefs.append(adapted(coefs[-1], 0.0, target=100.0, episodes=64, horizon=10.0))
+    assert coefs[1:] == pytest.approx([0.08, 0.064, 0.0512])
 
 
 def test_estimators_by_hand():
@@ -55,17 +57,9 @@ def test_gradient_of_full_kl_vanishes_where_both_are_one_and_its_curvature_is_fi
 
 
 def test_adaptive_coefficient():
-    kl = AdaptiveKL(0.1, target=6.0, horizon=1000)
-    assert kl.update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    kl = AdaptiveKL(0.1, target=6.0, horizon=1000)
-    assert kl.update(60, 100) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # the error is clipped
-    assert kl.update(0, 100) == pytest.approx(0.1 * 1.02 * 0.98)
-
-
-@pytest.mark.parametrize("settings", [{"target": 0.0, "horizon": 10}, {"target": 1.0, "horizon": 0}])
-def test_adaptive_coefficient_refuses_zero(settings):
-    with pytest.raises(ValueError, match="must be above 0; got 0"):
-        AdaptiveKL(0.1, **settings)
+    assert adapted(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert adapted(0.1, 60, 6.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # the error is clipped
+    assert adapted(0.1, 0, 6.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
 
 
 def test_tokens_that_cannot_come_add_nothing_to_the_kl():

@@ -281,7 +281,7 @@ def test_a_target_of_the_kl_is_that_of_the_loaded_agents_settings(tmp_path):
     assert same.base.kl_coef / agent.base.kl_coef == pytest.approx(0.9)  # half a horizon, far below the target
     assert agents.PPO.load(tmp_path / "agent", made(0.3), kl_target=None).base.kl_coef == 0.3
     other = agents.PPO.load(tmp_path / "agent", made(0.1), kl_target=3.0, kl_horizon=77.0)
-    assert (other.kl.target, other.kl.horizon) == (3.0, 77.0)
+    assert (other.config.kl_target, other.config.kl_horizon) == (3.0, 77.0)
 
 
 class Two(agents.REINFORCE):

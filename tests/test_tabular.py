@@ -101,7 +101,7 @@ def test_steps_and_samples_alike_as_policy_and_reference():
     task = Letters()
     reference, policy = tabular_model(task, std=1.0, seed=1), tabular_model(task, std=1.0, seed=2)
     env = textrl.TextEnv(task, reference=reference, kl_coef=0.5)
-    env.policy = StepwiseLM(CausalPolicy(policy, 4), 4)
+    env.policy = StepwiseLM(CausalPolicy(policy, 4))
     env.reset(options={"prompt": "ab"})
     tokens = torch.tensor([[0, 1, 2, 3, 1]])
     for t, action in enumerate((3, 1)):

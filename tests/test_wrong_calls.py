@@ -20,7 +20,6 @@ from textrl.envs.bandit import Bandit
 from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
 from textrl.envs.random_walk import RandomWalk
-from textrl.kl import AdaptiveKL
 from textrl.models import small_model
 from textrl.returns import discounted_returns, gae, leave_one_out, masked_mean
 from textrl.reward_training import RewardModelConfig, train_reward_model
@@ -184,10 +183,8 @@ def test_environments(task, reference):
 
 def test_tokenizers_and_numbers():
     refused("symbols must be different, non-empty strings", lambda: textrl.symbol_tokenizer(["\ud800"]))
-    for call in (lambda: AdaptiveKL("x", 1.0, 1.0), lambda: AdaptiveKL(-1.0, 1.0, 1.0), lambda: AdaptiveKL(nan, 1, 1)):
-        refused("kl_coef must be a", call)
     refused("top_k must be a whole number", lambda: Sampling(top_k=1.5))
-    refused("temperature must be a number above 0; got 'x'", lambda: Sampling(temperature="x"))
+    refused("temperature must be a number; got 'x'", lambda: Sampling(temperature="x"))
 
 
 def test_mathematics():

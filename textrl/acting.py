@@ -110,7 +110,7 @@ def on_observation(
         masks = np.atleast_2d(np.asarray(action_masks)).astype(np.bool_)
         check("action_masks", masks.shape, masks.shape == shape, f"of shape {shape}")
         check("action_masks", action_masks, bool(masks.any(1).all()), "masks with at least one token in each row")
-    stepper = StepwiseLM(agent.policy, agent.task.vocab_size)
+    stepper = StepwiseLM(agent.policy)
     masks = both_masks(masks, agent.own_masks, observations)
     sampling = Sampling(agent.base.temperature, greedy=deterministic)
     tokens, logprobs = draw_inside(stepper(observations), masks, sampling, agent.generator)

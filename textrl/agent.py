@@ -110,7 +110,7 @@ class Agent:
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
         self.policy.frozen_blocks = frozen_blocks(self.model)
-        self.stepper = StepwiseLM(self.policy, self.task.vocab_size)
+        self.stepper = StepwiseLM(self.policy)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone

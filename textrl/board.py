@@ -41,7 +41,7 @@ class Board:
         self.voices = {"policy": agent.stepper}
         if env.reference is not None:
             reference = CausalPolicy(env.reference, self.task.vocab_size)
-            self.voices["reference"] = StepwiseLM(reference, self.task.vocab_size)
+            self.voices["reference"] = StepwiseLM(reference)
         self.tops: dict[str, list[int]] = {}  # the lists as they were last shown
 
     def say(self, text: str) -> None:

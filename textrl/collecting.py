@@ -72,7 +72,7 @@ def collect(
     folder = dataset_folder(dataset)
     new = could_be_folder(folder) and not (folder.is_dir() and any(folder.iterdir()))
     check("dataset", str(folder), new, "a new folder, or one that is empty")
-    stepper = StepwiseLM(policy, base.task.vocab_size)
+    stepper = StepwiseLM(policy)
     storage: Any = None  # made when there is something to write
     with few_threads(policy.model), _whole(folder), attached(env, stepper, narrow) as missing:
         while storage is None or storage.total_episodes < episodes:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import check
+from .config import check, check_types
 
 
 @dataclass(frozen=True)
@@ -33,31 +31,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name, value, fine, right in (
-            ("temperature", self.temperature, _within(self.temperature, numbers.Real, above=0), "a number above 0"),
-            ("top_k", self.top_k, _within(self.top_k, numbers.Integral, least=0), "a whole number of at least 0"),
-            ("top_p", self.top_p, _within(self.top_p, numbers.Real, above=0, most=1), "above 0 and at most 1"),
-            (
-                "min_new_tokens",
-                self.min_new_tokens,
-                _within(self.min_new_tokens, numbers.Integral, least=0),
-                "a whole number of at least 0",
-            ),
-        ):
-            check(name, value, fine, right)
+        check_types(self)
+        check("temperature", self.temperature, 0 < self.temperature < math.inf, "a number above 0")
+        check("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0")
+        check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "a whole number of at least 0")
 
     @property
     def plain(self) -> bool:
         """Whether every token can be drawn, with its own probability."""
         return self.top_k == 0 and self.top_p == 1 and not self.greedy
-
-
-def _within(
-    value: Any, kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
-) -> bool:
-    """Whether this is a finite number of a kind within bounds."""
-    whole = isinstance(value, kind) and not isinstance(value, bool)
-    return whole and least <= value <= most and above < value < math.inf
 
 
 def within_top_p(logits: Tensor, top_p: float) -> Tensor:

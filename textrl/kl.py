@@ -6,8 +6,6 @@ import math
 
 from torch import Tensor
 
-from .config import check, check_type
-
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Log pi - log pi_ref: unbiased for KL(pi || pi_ref) under samples of pi, may be negative. Any shape."""
@@ -59,27 +57,7 @@ def score_weight(start: float, done: float) -> float:
     return start ** max(0.0, 1 - done / length)
 
 
-class AdaptiveKL:
-    """A KL coefficient that follows a target (Ziegler 2019, section 2.2).
-
-    kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * min(n / horizon, 1)
-
-    Args:
-        kl_coef: where it starts.
-        target: the KL per response (summed over its tokens, in nats) to hold.
-        horizon: episodes over which it may change by a factor of about e^0.2.
-    """
-
-    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
-        for name, value in (("kl_coef", kl_coef), ("kl_target", target), ("kl_horizon", horizon)):
-            check_type(name, value, "float")
-            check(name, value, value < float("inf"), "a finite number")
-            fine = value >= 0 if name == "kl_coef" else value > 0
-            check(name, value, fine, "at least 0" if name == "kl_coef" else "above 0")
-        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
-
-    def update(self, kl: float, episodes: int) -> float:
-        """The coefficient after a batch of `episodes` whose mean KL per response was `kl`."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * min(episodes / self.horizon, 1.0)
-        return self.kl_coef
+def adapted(kl_coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
+    """kl_coef * (1 + clip(KL / target - 1, -0.2, 0.2) * min(n / horizon, 1)) (Ziegler 2019, section 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * min(episodes / horizon, 1.0))

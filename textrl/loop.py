@@ -87,7 +87,6 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
         log.compare(call.get("log"))
     watch = Watch(agent)
     ask_as_configured(agent)
-    written: Path | None = None
     stop = False
     with few_threads(agent.model), log, Signals(saving) as signals:
         while agent.num_timesteps < goal and not stop:
@@ -96,14 +95,11 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
             stop = run.callback is not None and run.callback(agent, metrics) is False
             stop_if_stuck(agent, metrics, saved)
             stop_if_dropping(agent, dropped, asked, saved)
-            written = None
             if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
                 assert saved is not None
                 stop_if_broken(agent, saved)
                 call["log"] = log.sync()
-                written = saved.write(agent.num_timesteps, agent.save, call["best"])
-            if written is not None:
-                signals.leave(written)
+                signals.leave(saved.write(agent.num_timesteps, agent.save, call["best"]))
     if agent.num_timesteps >= goal:
         agent.call = None
     agent.anneal(1.0)

@@ -50,15 +50,7 @@ class CausalPolicy:
         """
         if head_of(self.model) is None:
             return self.model(input_ids=tokens, **{**unremembered(self.model), **forward}).logits[rows, columns]
-        first = self.frozen_blocks if below is not None else 0
-        flat = flat_of(self.model) if len(rows) and not forward else None
-        if flat is not None:
-            return states_at(flat, tokens, rows, columns, below if first else None, first)
-        if below is not None and first:
-            return states_above(self.model, below, first)[rows, columns]
-        trunk = self.model.base_model
-        states = trunk(input_ids=tokens, **{**unremembered(trunk), **forward}).last_hidden_state  # (B, S, d)
-        return states[rows, columns]
+        return trunk_states(self.model, tokens, rows, columns, below, self.frozen_blocks, **forward)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, not yet divided by the temperature: (n, d) -> (n, V)."""
@@ -138,6 +130,26 @@ def alike(lengths: Sequence[int], tokens_at_once: int, device: torch.device, wid
     return parts
 
 
+def trunk_states(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    below: Tensor | None = None,
+    blocks: int = 0,
+    **forward: Any,
+) -> Tensor:
+    """The trunk's last states at the places (rows, columns): (B, S) -> (n, d); `below` as for `values_at`."""
+    below = below if blocks else None
+    flat = flat_of(model) if len(rows) and not forward else None
+    if flat is not None:
+        return states_at(flat, tokens, rows, columns, below, 0 if below is None else blocks)
+    if below is not None:
+        return states_above(model, below, blocks)[rows, columns]
+    trunk = model.base_model
+    return trunk(input_ids=tokens, **{**unremembered(trunk), **forward}).last_hidden_state[rows, columns]
+
+
 def values_at(
     model: PreTrainedModel, tokens: Tensor, rows: Tensor, columns: Tensor, below: Tensor | None = None, blocks: int = 0
 ) -> Tensor:
@@ -145,14 +157,7 @@ def values_at(
 
     `below`, (B, S, d), is what the first `blocks` blocks made of the tokens, where that is known.
     """
-    flat = flat_of(model) if len(rows) else None
-    if flat is not None:
-        first = blocks if below is not None else 0
-        chosen = states_at(flat, tokens, rows, columns, below if first else None, first)
-    elif below is not None and blocks:
-        chosen = states_above(model, below, blocks)[rows, columns]
-    else:
-        chosen = model.base_model(input_ids=tokens, **unremembered(model.base_model)).last_hidden_state[rows, columns]
+    chosen = trunk_states(model, tokens, rows, columns, below, blocks)
     head = model.score  # (n, d) -> (n, 1)
     if type(head) is nn.Linear and not touched(head):  # in float32: below it, neighbouring scores would round to one
         bias = None if head.bias is None else head.bias.float()

@@ -44,7 +44,7 @@ class BadArgument(TypeError, ValueError):
     """
 
 
-_registered: dict[str, str | type[Task]] = {}
+ENTRY_POINT = "textrl.registration:make_env"
 
 
 def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
@@ -69,16 +69,15 @@ def register(id: str, task: type[Task] | str, **kwargs: Any) -> None:
     if not isinstance(id, str):
         raise ValueError(f'id must be a text, "namespace/Name-v0"; got {shorten(id)}')
     if id in gym.registry:
-        if _registered.get(id) != where:
+        if registered().get(id) != where:
             raise ValueError(f"id {id!r} is registered already; choose another name or a higher version")
         del gym.registry[id]  # the same task, perhaps with other arguments: the last ones hold
     gym.register(
         id,
-        entry_point="textrl.registration:make_env",
+        entry_point=ENTRY_POINT,
         vector_entry_point="textrl.registration:make_vector_env",
         kwargs={"task": where, **kwargs},
     )
-    _registered[id] = where
 
 
 def register_built_in() -> None:
@@ -90,7 +89,7 @@ def register_built_in() -> None:
 
 def registered() -> dict[str, str | type[Task]]:
     """All ids registered through `register` in this process, with their tasks."""
-    return dict(_registered)
+    return {id: spec.kwargs["task"] for id, spec in gym.registry.items() if spec.entry_point == ENTRY_POINT}
 
 
 def task_class(task: type[Task] | str) -> type[Task]:

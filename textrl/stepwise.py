@@ -27,13 +27,11 @@ class StepwiseLM:
     once a step for the batch.
 
     Args:
-        policy: the language model.
-        fill: the number that stands in an observation where nothing is written (V).
+        policy: the language model; V stands in an observation where nothing is written.
     """
 
-    def __init__(self, policy: CausalPolicy, fill: int) -> None:
+    def __init__(self, policy: CausalPolicy) -> None:
         self.policy = policy
-        self.fill = fill
         self._slots: FlatSlots | Slots | None = None
         self._seen: NDArray[np.int64] | None = None
         self._lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -54,7 +52,7 @@ class StepwiseLM:
     @torch.no_grad()
     def __call__(self, observations: NDArray[np.int64]) -> Tensor:
         """Observations (B, L) int64 -> next-token logits (B, V) float32."""
-        lengths = (observations != self.fill).sum(1)  # (B,)
+        lengths = (observations != self.policy.vocab_size).sum(1)  # (B,)
         if self._stamp() != self._weights:  # they have changed, whoever changed them
             self.forget()
             self._weights = self._stamp()
@@ -77,7 +75,7 @@ class StepwiseLM:
         policy, device = self.policy, self.policy.device
         batch, width = observations.shape
         check_length(policy.model, int(lengths.max()))
-        clean = np.where(observations == self.fill, 0, observations)
+        clean = np.where(observations == self.policy.vocab_size, 0, observations)
         ends = torch.from_numpy(lengths).to(device)
         if self._slots is None:
             self._slots = slots_for(policy, batch, width)
@@ -118,4 +116,4 @@ def frozen_reference(reference: PreTrainedModel | str | Path, task: Task) -> tup
     """An environment's reference model, frozen, and the stepper that asks it."""
     model = load_model(reference, task.tokenizer, frozen=True, called="reference")
     check_positions("reference", model, task)
-    return model, StepwiseLM(CausalPolicy(model, task.vocab_size), task.vocab_size)
+    return model, StepwiseLM(CausalPolicy(model, task.vocab_size))

@@ -213,7 +213,7 @@ class Task:
             ValueError: for a prompt that is too long, has no tokens, or has text the tokenizer does not know.
         """
         ids = self._codec.encode(check_row(row)["prompt"])
-        if len(ids) > self.max_prompt_tokens and not any_length:
+        if not any_length and len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt is {len(ids)} tokens long, longer than max_prompt_tokens={self.max_prompt_tokens}:"
                 f" {shorten(row['prompt'])}; shorten it or raise max_prompt_tokens"

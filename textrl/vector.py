@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -82,7 +81,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self.temperature = float(temperature)
         self.render_mode = render_mode
         self.autoreset_mode = as_autoreset_mode(autoreset_mode)
-        self.metadata = {**copy(type(self).metadata), "autoreset_mode": self.autoreset_mode}
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.policy: Policy | None = None
         self.value: Value | None = None  # of states, for pictures, as in `TextEnv`
         self.single_observation_space = observation_space(task)
