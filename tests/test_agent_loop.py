@@ -2,7 +2,7 @@
 
 import copy
 import csv
-from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -14,9 +14,10 @@ from gymnasium.wrappers import TransformReward
 import textrl
 from textrl.agents import PPO, REINFORCE
 from textrl.envs.copy import Copy
-from textrl.loop import _due
+from textrl.logging import read_numbers
 from textrl.models import small_model
 from textrl.returns import masked_mean
+from textrl.runs import Due
 
 ID = "textrl/Copy-v0"
 
@@ -272,18 +273,57 @@ def test_the_score_has_its_full_weight_after_learn_even_if_it_was_ended_early():
 
 
 def test_the_best_checkpoint_has_the_best_mean_since_the_one_before():
-    call = {"next": 10, "sum": 0.0, "count": 0, "best": None, "best_score": None}
-    agent = SimpleNamespace(call=call, num_timesteps=0, needs_dataset=False)
-    due = []
-    for score in (0.0, 4.0, 1.0, 2.0, 3.0, 2.0):
-        agent.num_timesteps += 5
-        due.append(_due(agent, {"rollout/score": score}, 10))
-    assert due == [False, True] * 3
-    assert (call["best"], call["best_score"]) == (30, 2.5)  # means of 2, 1.5 and 2.5
-    assert (call["sum"], call["count"], call["next"]) == (0.0, 0, 40)
-    agent.needs_dataset = True  # scores of what was logged say nothing about the policy
-    agent.num_timesteps += 10
-    assert _due(agent, {"rollout/score": 9.0}, 10) and call["best"] == 30
+    due, said = Due(every=10, next=10), []
+    for step, score in enumerate((0.0, 4.0, 1.0, 2.0, 3.0, 2.0, 9.0), 1):
+        due.note(score)
+        said.append(due.due(5 * step, last=step == 7))
+        if step == 6:
+            assert (due.best, due.best_value) == (30, 2.5)  # means of 2, 1.5 and 2.5
+    assert said == [False, True, False, True, False, True, True]
+    assert due == Due(every=10, next=40, best=35, best_value=9.0)  # the last is compared too
+
+
+def test_the_best_may_be_the_last_and_what_a_callback_ends_is_saved(tmp_path):
+    def made():
+        return REINFORCE(textrl.TextEnv(Copy(length=2)), batch_size=4, device="cpu")
+
+    agent = made().learn(30, log_dir=tmp_path / "a", checkpoint_every=1000)
+    assert (tmp_path / "a" / "best").resolve().name == f"step-{agent.num_timesteps:09d}"
+    agent = made().learn(100, log_dir=tmp_path / "b", checkpoint_every=1000, callback=lambda agent, metrics: np.False_)
+    assert agent.num_updates == 1 and [each.name for each in (tmp_path / "b" / "checkpoints").iterdir()]
+    with pytest.raises(ValueError, match=r"a folder without another run's checkpoints; got .*resume=Tr"):
+        made().learn(100, log_dir=tmp_path / "b")
+    whole = made().learn(100, log_dir=tmp_path / "c")
+    again = made().learn(100, log_dir=tmp_path / "b", checkpoint_every=1000, resume=True)
+    assert again.num_updates == whole.num_updates > 1
+    assert (tmp_path / "b" / "progress.csv").read_text() == (tmp_path / "c" / "progress.csv").read_text()
+
+
+class Odd(REINFORCE):
+    numbers: ClassVar = {"loss": torch.tensor([0.5]), "own/count": np.int64(3), "own/flag": True}
+
+    def update(self, rollout):
+        return self.numbers
+
+
+def test_the_numbers_of_an_update_are_numbers(tmp_path, monkeypatch):
+    agent, seen = Odd(textrl.TextEnv(Copy(length=2)), batch_size=4, device="cpu"), {}
+    agent.learn(1, callback=lambda agent, metrics: seen.update(metrics), log_dir=tmp_path / "run")
+    assert {name: seen[name] for name in ("train/loss", "own/count", "own/flag")} == {
+        "train/loss": 0.5,
+        "own/count": 3,
+        "own/flag": 1.0,
+    }
+    assert read_numbers(tmp_path / "run" / "progress.csv")[0]["train/loss"] == 0.5
+    for numbers, said in (
+        ({"x": "good"}, "got 'good' for 'x'"),
+        ({"x": None}, "got None for 'x'"),
+        ({3: 1.0}, "got 1.0 for 3"),
+        ({"x": torch.zeros(2)}, r"got tensor\(\[0., 0.\]\) for 'x'"),
+    ):
+        monkeypatch.setattr(Odd, "numbers", numbers)
+        with pytest.raises(ValueError, match=f"Odd.update must return a dict of numbers by their names; {said}"):
+            agent.learn(1)
 
 
 def test_the_reference_forgets_what_it_read_after_every_iteration():

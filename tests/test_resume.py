@@ -528,14 +528,13 @@ def test_an_epoch_goes_on_after_loading(tmp_path):
     assert loaded._epochs.take(5, 8).tolist() == agent._epochs.take(5, 8).tolist()
 
 
-def test_a_new_run_clears_the_checkpoints_of_the_one_before(tmp_path):
-    for seed, total in ((1, 120), (2, 60)):
-        agent = agents.REINFORCE(sampled(), small_model(4, 16, seed), batch_size=4, device="cpu")
-        agent.learn(total, log_dir=tmp_path, checkpoint_every=30)
-    steps = Checkpoints(tmp_path, 2).steps()
-    assert max(steps) == agent.num_timesteps < 120
-    again = agents.REINFORCE(sampled(), small_model(4, 16, 3), batch_size=4, device="cpu")
-    again.learn(60, log_dir=tmp_path, checkpoint_every=30, resume=True)
-    assert torch.equal(again.model.lm_head.weight, agent.model.lm_head.weight)
+def test_a_new_run_does_not_begin_where_another_has_its_checkpoints(tmp_path):
+    again = agents.REINFORCE(sampled(), small_model(4, 16, 1), batch_size=4, device="cpu")
+    again.learn(120, log_dir=tmp_path, checkpoint_every=30)
+    steps, progress = Checkpoints(tmp_path, 2).steps(), (tmp_path / "progress.csv").read_text()
+    other = agents.REINFORCE(sampled(), small_model(4, 16, 2), batch_size=4, device="cpu")
+    with pytest.raises(ValueError, match=r"log_dir must be a folder without another run's checkpoints"):
+        other.learn(60, log_dir=tmp_path)
+    assert (Checkpoints(tmp_path, 2).steps(), (tmp_path / "progress.csv").read_text()) == (steps, progress)
     again.learn(20, log_dir=tmp_path, checkpoint_every=1000)  # the same agent goes on: they are its own
     assert set(Checkpoints(tmp_path, 2).steps()) & set(steps)

@@ -249,7 +249,7 @@ class Silent(textrl.Agent):
 
 
 def test_an_update_that_returns_nothing_is_named(task):
-    with pytest.raises(TypeError, match=r"Silent.update must return a dict of numbers; got None"):
+    with pytest.raises(ValueError, match=r"Silent.update must return a dict of numbers by their names; got None"):
         Silent(textrl.TextEnv(task), device="cpu").learn(5)
 
 

@@ -153,7 +153,7 @@ class Agent:
         """Makes what the agent has beside the policy (a critic) and adds it to `modules`; nothing by default."""
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """Learns from one batch of episodes; returns numbers to log."""
+        """Learns from one batch of episodes; returns numbers to log, by "group/name" or by a name of the group "train"."""
         raise NotImplementedError(f"{type(self).__name__} must define update(rollout)")
 
     @classmethod
@@ -269,9 +269,9 @@ class Agent:
                 agent's iterations are dropped.
             progress_bar: shows a bar with the time left, and a row of the main numbers for every iteration.
             callback: called with the agent and the metrics after every update; returning False ends the loop.
-            checkpoint_every: tokens between checkpoints in `log_dir/checkpoints`. With it, SIGINT and SIGTERM end the
-                iteration and leave a checkpoint too, and `log_dir/best` is the one with the best scores before it; none
-                for an agent that learns from given data.
+            checkpoint_every: tokens between checkpoints in `log_dir/checkpoints`. With it, the last iteration, SIGINT,
+                SIGTERM and a callback that ends the loop leave a checkpoint too, and `log_dir/best` is the one with the
+                best scores before it; none for an agent that learns from given data.
             keep: so many of the newest checkpoints stay, and the best.
             resume: goes on from the newest whole checkpoint in `log_dir`, if there is one.
 
@@ -279,6 +279,7 @@ class Agent:
             the agent.
 
         Raises:
+            ValueError: for a setting that is not what it should be, or a `log_dir` with another run's checkpoints.
             ScoreError: when the score of a response fails, unless `on_score_error` is "drop".
             TrainingError: when loss or gradient are not finite three times in a row, or too many scores fail.
         """

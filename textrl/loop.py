@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
 
 from . import checkpoint
 from .asking import AllDropped
@@ -18,7 +22,7 @@ from .logging import RunLog
 from .memory import explained
 from .models import few_threads
 from .rollout import Rollout
-from .runs import Checkpoints, Signals
+from .runs import Checkpoints, Due, Signals
 from .scores import shorten
 from .state import forget_caches
 from .watch import Watch
@@ -71,8 +75,9 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     if run.resume and saved is not None:
         saved.go_on(lambda found: checkpoint.restore(agent, found))
     elif saved is not None and agent.num_updates == 0:
-        saved.clear(scorer=False)  # those of a run that was here before
-    call = agent.call = _this_call(agent, total, run.checkpoint_every)
+        saved.refuse()
+    call = agent.call = _this_call(agent, total)
+    due = None if run.checkpoint_every is None else _due(agent, run.checkpoint_every)
     start, goal = call["start"], call["start"] + call["total"]
     log = RunLog(
         folder,
@@ -82,47 +87,71 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
         after=agent.num_updates,
         timesteps=agent.num_timesteps,
     )
-    saving = run.checkpoint_every is not None and saved is not None
     if run.resume:
         log.compare(call.get("log"))
     watch = Watch(agent)
     ask_as_configured(agent)
     stop = False
-    with few_threads(agent.model), log, Signals(saving) as signals:
+    with few_threads(agent.model), log, Signals(due is not None) as signals:
         while agent.num_timesteps < goal and not stop:
             metrics, dropped, asked = _iterate(agent, goal, call["total"], watch)
             log.write(metrics, agent.num_timesteps, agent.num_updates, agent.num_timesteps - start)
-            stop = run.callback is not None and run.callback(agent, metrics) is False
+            stop = run.callback is not None and _is_false(run.callback(agent, metrics))
             stop_if_stuck(agent, metrics, saved)
             stop_if_dropping(agent, dropped, asked, saved)
-            if saving and (_due(agent, metrics, run.checkpoint_every) or signals.caught or agent.num_timesteps >= goal):
-                assert saved is not None
+            if due is None or saved is None:
+                continue
+            if "rollout/score" in metrics and not agent.needs_dataset:  # there is no best where scores are given data
+                due.note(metrics["rollout/score"])
+            if due.due(agent.num_timesteps, last=agent.num_timesteps >= goal) or signals.caught or stop:
                 stop_if_broken(agent, saved)
-                call["log"] = log.sync()
-                signals.leave(saved.write(agent.num_timesteps, agent.save, call["best"]))
+                call["log"], call["due"] = log.sync(), dataclasses.asdict(due)
+                signals.leave(saved.write(agent.num_timesteps, agent.save, due.best))
     if agent.num_timesteps >= goal:
         agent.call = None
     agent.anneal(1.0)
     agent.score_weight, agent.rising = 1.0, False
 
 
-def _this_call(agent: Agent, total: int | None, checkpoint_every: int | None) -> dict[str, Any]:
+def _this_call(agent: Agent, total: int | None) -> dict[str, Any]:
     """The call of `learn` that a restored agent was in, where that is the one to finish; else a new one."""
     call, resumed, agent.resumed = agent.call, agent.resumed, None
     if resumed is not None and call is not None:
         left = call["start"] + call["total"] - agent.num_timesteps
         if total in (None, call["total"], left):
             resumed.take_up()
-            return {**call, "next": call["next"] or _after(agent, checkpoint_every)}
+            return call
     check("total_timesteps", total, total is not None, "given, unless a call of learn that was interrupted is to go on")
-    start = agent.num_timesteps
-    nothing = {"log": None, "best": None, "best_score": None, "sum": 0.0, "count": 0}
-    return {"total": total, "start": start, "next": _after(agent, checkpoint_every), **nothing}
+    return {"total": total, "start": agent.num_timesteps, "log": None, "due": None}
 
 
-def _after(agent: Agent, every: int | None) -> int | None:
-    """Timesteps at which the next checkpoint is due."""
-    return None if every is None else agent.num_timesteps + every
+def _due(agent: Agent, every: int) -> Due:
+    """When the checkpoints of this call of `learn` are due: as noted in the one it goes on from."""
+    noted = (agent.call or {})["due"] or {"next": agent.num_timesteps + every}
+    return Due(**{**noted, "every": every})
+
+
+def _is_false(said: Any) -> bool:
+    return isinstance(said, (bool, np.bool_)) and not said
+
+
+def _numbers(agent: Agent, found: Any) -> dict[str, float]:
+    """What an agent's `update` returned, each number by its name; a name without a group is one of "train/".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    what = f"{type(agent).__name__}.update must return a dict of numbers by their names"
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{what}; got {shorten(found)}")
+    numbers: dict[str, float] = {}
+    for name, value in found.items():
+        single = isinstance(value, (Tensor, np.ndarray, np.generic)) and len(value.reshape(-1)) == 1
+        number = value.item() if single else value
+        if not isinstance(name, str) or not isinstance(number, (int, float)):
+            raise ValueError(f"{what}; got {shorten(value)} for {name!r}")
+        numbers[name if "/" in name else f"train/{name}"] = float(number) if isinstance(number, bool) else number
+    return numbers
 
 
 def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[str, float], list[str], int]:
@@ -137,10 +166,7 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
         rollout, dropped, metrics = _collect(agent)
         collected = time.perf_counter()
         if rollout is not None:
-            found = agent.update(rollout)
-            if not isinstance(found, Mapping):
-                raise TypeError(f"{type(agent).__name__}.update must return a dict of numbers; got {shorten(found)}")
-            metrics = {**rollout.metrics(), **found}
+            metrics = {**rollout.metrics(), **_numbers(agent, agent.update(rollout))}
     agent.stepper.forget()
     forget_caches(agent.env)
     tokens = 0 if rollout is None else rollout.num_tokens
@@ -168,25 +194,3 @@ def _collect(agent: Agent) -> tuple[Rollout | None, list[str], dict[str, float]]
     except NotFinite:
         return None, [], {"train/loss": math.nan}
     return rollout, rollout.dropped, {}
-
-
-def _due(agent: Agent, metrics: dict[str, float], every: int | None) -> bool:
-    """Whether a checkpoint is due, at timesteps that do not depend on interruptions; and whether it is the best.
-
-    The best is the one with the highest mean score of the iterations since the one before it; there is none where the
-    scores are those of given data.
-    """
-    call = agent.call
-    assert call is not None and every is not None
-    if "rollout/score" in metrics and not agent.needs_dataset:
-        call["sum"], call["count"] = call["sum"] + metrics["rollout/score"], call["count"] + 1
-    if agent.num_timesteps < call["next"]:
-        return False
-    while call["next"] <= agent.num_timesteps:
-        call["next"] += every
-    if call["count"]:
-        score = call["sum"] / call["count"]
-        if call["best_score"] is None or score > call["best_score"]:
-            call["best"], call["best_score"] = agent.num_timesteps, score
-        call["sum"], call["count"] = 0.0, 0
-    return True

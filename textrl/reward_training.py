@@ -25,7 +25,7 @@ from .logging import RunLog
 from .loop import Run
 from .models import tables, train_last_layers, trainable
 from .optim import Optimizer
-from .runs import Checkpoints, Signals
+from .runs import Checkpoints, Due, Signals
 from .scores import shorten
 
 if TYPE_CHECKING:
@@ -78,11 +78,7 @@ class _Progress:
 
     step: int = 0  # batches learned from
     seen: int = 0  # pairs learned from
-    next: int = 0  # pairs at which the next checkpoint is due
-    best: int | None = None  # pairs at the checkpoint with the lowest mean loss before it
-    best_loss: float = math.inf
-    total: float = 0.0  # of the losses since the last checkpoint
-    count: int = 0
+    due: dict[str, Any] | None = None  # when the next checkpoint is, in pairs
     log: str | None = None  # hash of the rows logged up to a checkpoint
     stuck: int = 0  # steps in a row that were not taken because a number was not finite
 
@@ -125,20 +121,7 @@ class _Training:
         if optimizer.skipped:
             metrics["train/skipped_steps"] = optimizer.skipped
         now.step, now.seen = now.step + 1, now.seen + len(rows)
-        now.total, now.count = now.total + metrics["train/loss"], now.count + 1
         return metrics
-
-    def due(self, every: int) -> bool:
-        """Whether a checkpoint is due, at places that do not depend on interruptions; and whether it is the best."""
-        now = self.now
-        if now.seen < now.next and now.step < len(self.batches):
-            return False
-        while now.next <= now.seen:
-            now.next += every
-        if now.count and now.total / now.count < now.best_loss:
-            now.best, now.best_loss = now.seen, now.total / now.count
-        now.total, now.count = 0.0, 0
-        return True
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a training to go on."""
@@ -246,7 +229,7 @@ def train_reward_model(
             a training that was never stopped, to the last bit.
 
     Raises:
-        ValueError: for an empty dataset, missing columns, or a folder that holds another training.
+        ValueError: for an empty dataset, missing columns, or a folder that holds another run's checkpoints.
         TrainingError: when loss or gradient are not finite three times in a row.
     """
     if not hasattr(reward_model, "pair_scalars"):
@@ -261,9 +244,11 @@ def train_reward_model(
     if resume and saved is not None:
         saved.go_on(training.restore)
     elif saved is not None:
-        saved.clear(scorer=True)  # those of a training that was here before
+        saved.refuse()
     now = training.now
-    now.next = now.next or (checkpoint_every or 0)
+    due = None
+    if checkpoint_every is not None:
+        due = Due(**{"next": checkpoint_every, **(now.due or {}), "every": checkpoint_every})
     log = RunLog(
         log_dir,
         progress_bar,
@@ -274,7 +259,7 @@ def train_reward_model(
         timesteps=now.seen,
     )
     log.compare(now.log)
-    with log, Signals(checkpoint_every is not None) as signals:
+    with log, Signals(due is not None) as signals:
         while now.step < len(training.batches):
             metrics = training.step()
             log.write(metrics, now.seen, now.step, now.seen)
@@ -283,14 +268,15 @@ def train_reward_model(
                     f"loss or gradient of the reward model was not finite in {SKIPS_IN_A_ROW} steps in a row;"
                     f" {last_good(saved)}; a lower learning_rate usually mends it"
                 )
-            if saved is None or checkpoint_every is None:
+            if saved is None or due is None:
                 continue
-            if training.due(checkpoint_every) or signals.caught:
+            due.note(-metrics["train/loss"])
+            if due.due(now.seen, last=now.step == len(training.batches)) or signals.caught:
                 if spoilt(reward_model.model.parameters()):
                     raise TrainingError(
                         f"the reward model's weights are not finite after {now.step} steps; {last_good(saved)}; a lower"
                         " learning_rate usually mends it"
                     )
-                now.log = log.sync()
-                signals.leave(saved.write(now.seen, training.save, now.best))
+                now.log, now.due = log.sync(), dataclasses.asdict(due)
+                signals.leave(saved.write(now.seen, training.save, due.best))
     reward_model.model.requires_grad_(False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from .disk import sync
-from .folders import MANIFEST, CheckpointError, check_kind
+from .folders import MANIFEST, CheckpointError
 
 FOLDER, BEST = "checkpoints", "best"
 
@@ -77,18 +79,20 @@ class Checkpoints:
                 sys.stderr.write(f"textrl: {error}; going on from the checkpoint before it\n")
                 self._remove(folder)
 
-    def clear(self, scorer: bool | None = None) -> None:
-        """Removes all of them: what they were for is done.
-
-        Args:
-            scorer: whether they are a reward model's, and no agent's; None: whoever's.
+    def refuse(self) -> None:
+        """Lets no other run begin where there are some.
 
         Raises:
-            ValueError: where they are of the other kind.
+            ValueError: naming the folder.
         """
-        if scorer is not None:
-            for step in self.steps():
-                check_kind(self.path(step), scorer)
+        if self.steps():
+            raise ValueError(
+                f"log_dir must be a folder without another run's checkpoints; got {str(self.run)!r}: resume=True goes"
+                f" on with that run, or remove {str(self.folder)!r}"
+            )
+
+    def clear(self) -> None:
+        """Removes all of them: what they were for is done."""
         if self.folder.exists():
             self._remove_copy()
             (self.run / BEST).unlink(missing_ok=True)
@@ -113,6 +117,36 @@ class Checkpoints:
         if folder.exists():
             shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
             sync(self.folder)
+
+
+@dataclass
+class Due:
+    """When a checkpoint is due, and which is the best: neither depends on interruptions.
+
+    The best is the one with the highest mean value since the one before it.
+    """
+
+    every: int  # steps from one to the next
+    next: int  # the step at which the next is due
+    best: int | None = None  # the step of the best
+    best_value: float = -math.inf
+    total: float = 0.0  # of the values since the last one
+    count: int = 0
+
+    def note(self, value: float) -> None:
+        """Takes a value down, the higher the better."""
+        self.total, self.count = self.total + value, self.count + 1
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether one is due at this step, which may be the last."""
+        if step < self.next and not last:
+            return False
+        while self.next <= step:
+            self.next += self.every
+        if self.count and self.total / self.count > self.best_value:
+            self.best, self.best_value = step, self.total / self.count
+        self.total, self.count = 0.0, 0
+        return True
 
 
 class Signals:
