@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent
+from textrl.attaching import check_own_penalty
 from textrl.batch import batched_logprobs, prompt_groups
 from textrl.config import AgentConfig, check
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
@@ -118,6 +119,7 @@ class BPO(Agent):
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
+        check_own_penalty(env)
         self._logged: Rollout | None = None
         self._epochs = Epochs(self.generator)
         if dataset is not None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from textrl.agent import Agent
+from textrl.attaching import check_own_penalty
 from textrl.batch import batched_logprobs, microbatches
 from textrl.config import AgentConfig, check
 from textrl.files import Rows, dataset_rows
@@ -113,6 +114,7 @@ class DPO(Agent):
         **settings: Any,
     ) -> None:
         super().__init__(env, model, config, **settings)
+        check_own_penalty(env)
         self.beta = self.config.beta or self.base.kl_coef or DEFAULT_BETA
         given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._pairs: list[Pair] = []

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent
+from textrl.attaching import paid_scores, penalty_weight
 from textrl.config import AgentConfig, check
 from textrl.kl import k3
 from textrl.memory import mean_of
@@ -88,11 +89,10 @@ class GRPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """A few clipped steps on one batch."""
-        config, mask = self.config, rollout.action_mask
-        scores = rollout.rewards.sum(1)  # (B,)
+        config, mask, kl_coef = self.config, rollout.action_mask, penalty_weight(self.env)
+        scores = paid_scores(rollout, self.env)  # (B,)
         if rollout.ref_logprobs is not None:
             log_ratio = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)  # (B,)
-            scores = scores + self.base.kl_coef * log_ratio
             usual = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others, (B, 1)
             rollout = replace(rollout, values=usual)
         spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())
@@ -100,9 +100,9 @@ class GRPO(Agent):
             advantages = group_normalised(scores, rollout.grouping)
         else:
             advantages = leave_one_out(scores, rollout.grouping) / spread
-        if rollout.ref_logprobs is not None and self.base.kl_coef > 0:
+        if rollout.ref_logprobs is not None and kl_coef > 0:
             advantages = self.weigh(advantages if config.scale == "group" else scores) * advantages
-        self._kl_weight = self.base.kl_coef / float(spread)
+        self._kl_weight = kl_coef / float(spread)
         rollout = replace(rollout, advantages=torch.where(mask, advantages[:, None], 0.0))
         steps = [
             self.minimise(self._loss, rollout.select(indices))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from textrl import acting
 from textrl.agent import Agent
+from textrl.attaching import penalty_weight
 from textrl.batch import prompt_groups
 from textrl.config import AgentConfig, check, is_number
 from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
@@ -142,7 +143,7 @@ class ReST(Agent):
         steps: list[dict[str, float]] = []
         size = 0.0
         for quantile in self.config.quantiles:
-            weights = keep_weights(returns, groups, quantile, self.base.kl_coef)
+            weights = keep_weights(returns, groups, quantile, penalty_weight(self.env))
             chosen = (weights >= NOTHING * weights.mean()).nonzero()[:, 0]
             size += float(weights.sum() ** 2 / (weights**2).sum()) / len(self.config.quantiles)
             weights = torch.where(rollout.action_mask, (weights / weights[chosen].mean())[:, None], 0.0)  # (B, T)

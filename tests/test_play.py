@@ -11,13 +11,15 @@ import torch
 
 import textrl
 from textrl import cli
-from textrl.agents import PPO
+from textrl.agents import NLPO, PPO
+from textrl.cli_play import Session
 from textrl.envs.copy import Copy
 from textrl.envs.increasing import Increasing
 from textrl.envs.text import Text
 from textrl.envs.vowels import Vowels
 from textrl.episodes import as_episodes
 from textrl.files import read_rows
+from textrl.models import small_model
 from textrl.offline import given_rollout
 
 SMALL = ["textrl/Copy-v0", "--env-arg", "symbols=ab", "--env-arg", "length=2"]  # end 0, a 1, b 2
@@ -209,3 +211,27 @@ def test_a_file_that_exists_is_not_written_to(play, tmp_path):
 def test_a_run_of_another_vocabulary_is_refused(play, trained):
     code, _, err = play("textrl/Bandit-v0", "--run", trained)
     assert code == 2 and "--run must be of an agent with 6 tokens" in err
+
+
+def test_what_the_policy_draws_is_inside_the_agents_own_masks():
+    env = textrl.TextEnv(Copy(), render_mode="ansi")
+    agent = NLPO(env, device="cpu", top_p=0.3)
+    session = Session(env, agent, None, 0)
+    for _ in range(20):
+        here, allowed = session.observation.copy(), agent.narrow(session.observation[None])[0]
+        session.go("")
+        assert allowed[env.tokens[(here != env.task.vocab_size).sum()]]
+        if session.final is not None:
+            session.new()
+
+
+def test_a_model_brings_its_tokenizer(play, tmp_path, capsys):
+    small_model(9, 200).save_pretrained(tmp_path / "model")
+    textrl.symbol_tokenizer("abcdefgh").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "abc"}\n')
+    code, _, err = play("textrl/Text-v0", "--model", tmp_path / "model", "--env-arg", 'prompts=["abc"]')
+    assert (code, err) == (0, "")
+    which = ["--env", "textrl/Text-v0", "--model", str(tmp_path / "model")]
+    which += ["--prompts", str(tmp_path / "prompts.jsonl"), "--dataset", str(tmp_path / "data")]
+    assert cli.main(["collect", *which, "--episodes", "4"]) == 0
+    assert cli.main(["ope", *which]) == 0

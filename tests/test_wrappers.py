@@ -10,7 +10,7 @@ from gymnasium.wrappers import NormalizeReward, RecordEpisodeStatistics, RecordV
 from gymnasium.wrappers import vector as vector_wrappers
 
 import textrl
-from textrl.agents import NLPO, PPO, REINFORCE
+from textrl.agents import BPO, DPO, GRPO, NLPO, PPO, REINFORCE, ReST
 from textrl.critic import state_values, with_advantages
 from textrl.envs.brackets import Brackets
 from textrl.envs.copy import Copy
@@ -465,6 +465,25 @@ def test_the_penalty_is_whole_wherever_it_is_paid():
     torch.testing.assert_close(rewards[0], rewards[1])
     with pytest.raises(ValueError, match="kl_target must be None for a SyncVectorEnv"):
         PPO(given[2], copy.deepcopy(model), kl_target=1.0, device="cpu")
+
+
+def test_agents_go_by_the_penalty_that_a_wrapper_pays():
+    reference, updated = tiny(Copy()), {}
+    for paid_by in ("base", "wrapper"):
+        settings = {"reference": reference, "kl_coef": 0.5}
+        own, around = (settings, {}) if paid_by == "base" else ({}, settings)
+        env = RecordEpisodeStatistics(textrl.TextEnv(Copy(), **own))
+        env = KLPenalty(env, **around) if around else env
+        for cls in (GRPO, ReST, REINFORCE):
+            agent = cls(env, tiny(Copy(), 2), batch_size=32, device="cpu")
+            agent.learn(60)
+            updated.setdefault(cls, []).append(agent.model.transformer.wte.weight)
+    for cls, (inside, outside) in updated.items():
+        torch.testing.assert_close(inside, outside, atol=1e-5, rtol=0, msg=cls.__name__)
+    rows = [{"prompt": "abc", "completion": "abc", "chosen": "abc", "rejected": "b"}] * 4
+    for cls in (BPO, DPO):
+        with pytest.raises(ValueError, match="and no wrapper that pays a KL penalty"):
+            cls(env, dataset=rows, device="cpu")
 
 
 def test_a_wrapper_that_changes_actions_is_refused():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from . import acting, checkpoint, loop, state
 from .acting import allowed_at
-from .attaching import base_env
+from .attaching import base_env, penalty_weight
 from .config import AgentConfig, as_path, check, make_config
 from .drawing import Sampling
 from .failures import ask_as_configured
@@ -153,7 +153,7 @@ class Agent:
         """Makes what the agent has beside the policy (a critic) and adds it to `modules`; nothing by default."""
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """Learns from one batch of episodes; returns numbers to log, by "group/name" or by a name of the group "train"."""
+        """Learns from one batch of episodes; returns numbers to log: "group/name", or a name of the group "train"."""
         raise NotImplementedError(f"{type(self).__name__} must define update(rollout)")
 
     @classmethod
@@ -220,11 +220,12 @@ class Agent:
 
         Where a wrapper changes rewards the two cannot be told apart, and all stays as it is.
         """
-        if rollout.ref_logprobs is None or self.base.kl_coef == 0 or self.paid_otherwise:
+        kl_coef = penalty_weight(self.env)
+        if rollout.ref_logprobs is None or kl_coef == 0 or self.paid_otherwise:
             return rollout
         if (weight := self.weigh(rollout.scores)) == 1:
             return rollout
-        penalty = -self.base.kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
+        penalty = -kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
         return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)
 
     def weigh(self, scores: Tensor) -> float:
@@ -236,7 +237,7 @@ class Agent:
             spread = float(scores.std(unbiased=False))
             if not spread > 1e-5 * float(scores.abs().max()):  # all are the same, but for rounding
                 return self.score_weight
-            start = self.first_weight = first_weight(self.base.kl_coef, spread)
+            start = self.first_weight = first_weight(penalty_weight(self.env), spread)
         self.score_weight = score_weight(start, 1 - self.progress_remaining)
         return self.score_weight
 

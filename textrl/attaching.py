@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .config import check
 from .drawing import Sampling, draw
 from .env import TextEnv
 from .penalty import Policy
@@ -116,6 +117,17 @@ def penalty_weight(env: Any) -> float:
             weight += env.kl_coef
         env = env.envs[0] if isinstance(env, gym.vector.SyncVectorEnv) else env.env
     return weight + (0.0 if env.reference is None else env.kl_coef)
+
+
+def check_own_penalty(env: AnyEnv) -> None:
+    """Refuses wrappers that pay a KL penalty: an agent that learns from given data goes by the environment's own.
+
+    Raises:
+        ValueError: for one of them.
+    """
+    own, paid = penalty_weight(base_env(env)), penalty_weight(env)
+    right = "an environment with a reference and kl_coef of its own, and no wrapper that pays a KL penalty"
+    check("env", env, own == paid, right)
 
 
 def paid_scores(rollout: Rollout, env: AnyEnv) -> Tensor:

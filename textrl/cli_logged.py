@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .cli_flags import check_env_id, given_penalty, parse_env_args
+from .cli_flags import check_env_id, given_penalty, own_tokenizer, parse_env_args
 from .render import escape
 from .trained import FINAL, finished_run, trained_agent
 
@@ -62,8 +62,9 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
         kwargs = parse_env_args(options.env_arg, options.prompts is not None)
         if options.prompts is not None:
             kwargs["prompts"] = options.prompts
-        kwargs |= given_penalty(options)
-        env = gym.make_vec(check_env_id(options.env), num_envs=1, **kwargs)
+        id = check_env_id(options.env)
+        kwargs |= given_penalty(options) | own_tokenizer(id, kwargs, options.model)
+        env = gym.make_vec(id, num_envs=1, **kwargs)
         task = base_env(env).task
         length = task.max_prompt_tokens + task.max_new_tokens
         return env, options.model or small_model(task.vocab_size, length)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import gymnasium as gym
 
-from .cli_flags import check_env_id, given_penalty, nearest, parse_env_args
+from .cli_flags import check_env_id, given_penalty, nearest, own_tokenizer, parse_env_args
 from .codec import plain_ids
 from .config import check
 from .render import token_texts
@@ -83,7 +83,7 @@ def stage(options: argparse.Namespace) -> tuple[TextEnv, Agent]:
     id = check_env_id(run["env"] if options.env is None and run is not None else options.env)
     same = run is not None and check_env_id(run["env"]) == id
     kwargs = {**(run["env_kwargs"] if run and same else {}), **parse_env_args(options.env_arg)}
-    kwargs |= given_penalty(options)
+    kwargs |= given_penalty(options) | own_tokenizer(id, kwargs, options.model)
     env: TextEnv = gym.make(id, render_mode="ansi", **kwargs).unwrapped  # type: ignore[assignment]
     if run is None:
         agent = Agent(env, options.model, seed=options.seed)
@@ -227,17 +227,14 @@ class Session:
 
     def go(self, argument: str) -> None:
         """Lets the policy draw tokens."""
-        import torch
-
-        from .drawing import Sampling, draw
+        from .attaching import actor
 
         check("/go", argument, argument in ("", "all") or argument.isdecimal(), "a number of tokens, or all")
         count = self.task.max_new_tokens if argument == "all" else int(argument or 1)
+        agent = self.agent
+        act = actor(self.env, agent.stepper, self.env.temperature, agent.generator, agent.own_masks)
         for _ in range(count):
-            logits = self.agent.stepper(self.observation[None])  # (1, V)
-            uniform = torch.rand(1, generator=self.agent.generator).to(logits.device)
-            forbidden = ~torch.from_numpy(self.env.action_masks()[None]).to(logits.device) if self.task.masked else None
-            self.take(int(draw(logits, uniform, Sampling(self.env.temperature), forbidden)[0]))
+            self.take(int(act(self.observation[None])[0][0]))
             if self.final is not None:
                 return
 
