@@ -332,9 +332,9 @@ def test_the_reference_forgets_what_it_read_after_every_iteration():
     bare = textrl.TextEnv(task, reference=copy.deepcopy(model), kl_coef=0.1)
     agent = REINFORCE(gym.wrappers.RecordEpisodeStatistics(bare), model, batch_size=4)
     agent.collect()
-    assert bare._penalty.stepper._seen is not None  # else this tests nothing
+    assert bare.penalty.stepper._seen is not None  # else this tests nothing
     agent.learn(1)
-    assert bare._penalty.stepper._seen is None  # as in a run that is taken up here
+    assert bare.penalty.stepper._seen is None  # as in a run that is taken up here
 
 
 def test_what_was_read_before_an_update_is_read_again_after_it():

@@ -14,9 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .config import check
-from .policy import CausalPolicy
 from .render import ansi, escape, token_texts
-from .stepwise import StepwiseLM
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -39,9 +37,8 @@ class Board:
         width = None if sys.stdout.isatty() else 120
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
         self.voices = {"policy": agent.stepper}
-        if env.reference is not None:
-            reference = CausalPolicy(env.reference, self.task.vocab_size)
-            self.voices["reference"] = StepwiseLM(reference)
+        if env.penalty is not None:
+            self.voices["reference"] = env.penalty.stepper
         self.tops: dict[str, list[int]] = {}  # the lists as they were last shown
 
     def say(self, text: str) -> None:

@@ -97,8 +97,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         self.value: Value | None = None
         self.observation_space = observation_space(task)
         self.action_space = gym.spaces.Discrete(task.vocab_size)
-        self._penalty = None if reference is None else Penalty(reference, task)
-        self.reference = None if self._penalty is None else self._penalty.reference
+        self.penalty = None if reference is None else Penalty(reference, task)
+        self.reference = None if self.penalty is None else self.penalty.reference
         width = task.max_prompt_tokens + task.max_new_tokens
         self._blank: NDArray[np.int64] = np.full(width, task.vocab_size, dtype=np.int64)  # (L,)
         self._stream: RowStream | None = None
@@ -183,7 +183,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         reward, value = 0.0, None
         if self.value is not None and self.render_mode is not None:
             value = self.value(self._tokens[None].copy())[0]
-        if self._penalty is not None:
+        if self.penalty is not None:
             reward += self._pay(token, info)
         self._tokens[self._length] = token
         self._length += 1
@@ -204,9 +204,9 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     def _pay(self, token: int, info: Info) -> float:
         """The KL penalty of a token; fills `info`."""
-        assert self._penalty is not None
+        assert self.penalty is not None
         observation = self._tokens[None].copy()  # (1, L)
-        paid, columns = self._penalty(observation, [token], self.kl_coef, self.temperature, self.policy)
+        paid, columns = self.penalty(observation, [token], self.kl_coef, self.temperature, self.policy)
         info.update((key, values[0]) for key, values in columns.items())
         return float(paid[0])
 

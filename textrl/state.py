@@ -274,7 +274,7 @@ def forget_caches(env: Any) -> None:
     Texts read again are the same to the last bit in a run that was interrupted and in one that was not.
     """
     for layer in layers(env):
-        if isinstance(penalty := vars(layer).get("_penalty"), Penalty):
+        if isinstance(penalty := vars(layer).get("penalty"), Penalty):
             penalty.stepper.forget()
 
 

@@ -88,8 +88,8 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         self.single_action_space = gym.spaces.Discrete(task.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._penalty = None if reference is None else Penalty(reference, task)
-        self.reference = None if self._penalty is None else self._penalty.reference
+        self.penalty = None if reference is None else Penalty(reference, task)
+        self.reference = None if self.penalty is None else self.penalty.reference
         n, width = self.num_envs, task.max_prompt_tokens + task.max_new_tokens
         self._texts = Texts(n, width, task.vocab_size)
         # arrays without axes, because NumPy is half as fast with numbers of Python's
@@ -188,7 +188,7 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
         rewards = np.zeros(self.num_envs)
         values = None if self.value is None or self.render_mode is None else self.value(self._texts.tokens.copy())
         infos: Info = {}
-        if self._penalty is not None and len(again) < self.num_envs:
+        if self.penalty is not None and len(again) < self.num_envs:
             self._pay(actions, rewards, infos)
         self._texts.append(actions)
         self._outcomes.append(actions)
@@ -218,9 +218,9 @@ class TextVectorEnv(VectorEnv[NDArray[np.int64], NDArray[np.int64], NDArray[Any]
 
     def _pay(self, actions: NDArray[np.int64], rewards: NDArray[np.float64], infos: Info) -> None:
         """The KL penalty of a token, for every live row."""
-        assert self._penalty is not None
+        assert self.penalty is not None
         live, observations = self.running, self._texts.tokens.copy()
-        paid, columns = self._penalty(observations, actions, self.kl_coef, self.temperature, self.policy, live)
+        paid, columns = self.penalty(observations, actions, self.kl_coef, self.temperature, self.policy, live)
         rewards[live] += paid[live]
         for key, values in columns.items():
             infos[key], infos[f"_{key}"] = np.where(live, values, np.float32(0)), live.copy()

@@ -175,7 +175,7 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         check_penalty(reference, kl_coef, temperature)
         _check_unpaid(env)
         self.kl_coef, self.temperature = kl_coef, temperature
-        self._penalty = Penalty(reference, task_of(env))
+        self.penalty = Penalty(reference, task_of(env))
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, Info]:
         """Appends a token and pays for it.
@@ -189,10 +189,10 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         observation, reward, terminated, truncated, info = self.env.step(action)
         if not live:
             return observation, float(reward), terminated, truncated, info
-        length = int((before != self._penalty.vocab_size).sum())
+        length = int((before != self.penalty.vocab_size).sum())
         if not (terminated or truncated):
             check_taken(self.env, base.tokens[length], action)
-        added, columns = self._penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
+        added, columns = self.penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
 
@@ -216,7 +216,7 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         check_penalty(reference, kl_coef, temperature)
         _check_unpaid(env)
         self.kl_coef, self.temperature = kl_coef, temperature
-        self._penalty = Penalty(reference, task_of(env))
+        self.penalty = Penalty(reference, task_of(env))
         self._mode = env.metadata["autoreset_mode"]
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -226,9 +226,9 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         policy = _as_before(base.policy, before, bool(live.any()))
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         ended = np.logical_or(terminations, truncations)
-        lengths, on = (before != self._penalty.vocab_size).sum(1), (live & ~ended).nonzero()[0]
+        lengths, on = (before != self.penalty.vocab_size).sum(1), (live & ~ended).nonzero()[0]
         check_taken(self.env, base.tokens[on, lengths[on]], np.asarray(actions)[on])
-        added, columns = self._penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
+        added, columns = self.penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
                 into[key], into[f"_{key}"] = np.where(rows, values, np.float32(0)), rows.copy()
