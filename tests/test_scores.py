@@ -327,10 +327,15 @@ def test_a_column_that_some_rows_lack_is_given_whatever_the_order():
         assert env.unwrapped.task.evaluate(order, [[0], [0]]).totals.tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions"])
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "self"])
 def test_a_column_cannot_take_the_place_of_what_was_said(name):
     with pytest.raises(ValueError, match=f"a row must have no column '{name}', which is what a score is given"):
-        text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", name: "bb"}]).reset()
+        text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", name: "bb"}])
+
+
+def test_the_name_of_a_column_is_a_text():
+    with pytest.raises(ValueError, match="row 0, a row must have texts as the names of its columns; got 3"):
+        text_env(lambda completions: [0.0] * len(completions), prompts=[{"prompt": "a", 3: "bb"}])
 
 
 def test_a_score_that_edits_what_it_is_given_changes_nothing():

@@ -137,15 +137,14 @@ def as_episodes(source: Any, task: Task, device: torch.device) -> Rollout:
     rows = dataset_rows(source, read_logged)
     logged = rows.each(lambda row: _logged_row(task, row, rows.strict))
     responses = [response for response, _, _ in logged]
-    rollout = given_rollout(
-        task, [task.encode(row).tolist() for row in rows], responses, torch.device("cpu"), rows.rows
-    )
+    own = [{name: value for name, value in row.items() if name != "completion_ids"} for row in rows]  # of the task
+    rollout = given_rollout(task, [task.encode(row).tolist() for row in own], responses, torch.device("cpu"), own)
     rollout.completions = task.decode(responses)
     scores = [score for _, score, _ in logged if score is not None]
     logprobs = [each for _, _, each in logged if each is not None]
     all_or_none(len(scores), len(rows), "'score'")
     all_or_none(len(logprobs), len(rows), "'logprobs'")
-    totals = scores or task.evaluate(rows, responses).totals
+    totals = scores or task.evaluate(own, responses).totals
     rollout.scores = torch.tensor(np.asarray(totals), dtype=torch.float32)
     if logprobs:
         rollout.logprobs = rollout.spread(_flat(logprobs))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_PROMPT_TOKENS = 64
 OF_A_STEP = ("ref_logprob", "kl", "action_mask", "score_fault", "final_obs", "final_info", "episode")
 """Names in the `info` of a step that `describe` cannot give to columns of its own."""
+OF_A_CALL = frozenset({"self", "prompts", "completions", "completion_ids"})
+"""Names of a score's own arguments, which no column of a row can have."""
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
 
 
@@ -341,16 +343,16 @@ def _filled(rows: list[Row]) -> list[Row]:
 
 
 def check_row(row: Any) -> Row:
-    """Returns `row` if it is a dict with a string under "prompt", and no column has a name that a score is called with.
+    """Returns `row` if it is a dict with a string under "prompt", whose columns a score can be called with.
 
     Raises:
         ValueError: otherwise, saying what it is.
     """
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        for name in ("prompts", "completions"):
-            if name in row:
-                raise ValueError(
-                    f"a row must have no column {name!r}, which is what a score is given; got {shorten(row)}"
-                )
-        return row
-    raise ValueError(f'a row must be a dict with a string under "prompt"; got {shorten(row)}')
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'a row must be a dict with a string under "prompt"; got {shorten(row)}')
+    for name in row:
+        if not isinstance(name, str):
+            raise ValueError(f"a row must have texts as the names of its columns; got {name!r}")
+        if name in OF_A_CALL:
+            raise ValueError(f"a row must have no column {name!r}, which is what a score is given; got {shorten(row)}")
+    return row
