@@ -120,7 +120,8 @@ class DPO(Agent):
         self._pairs: list[Pair] = []
         if dataset is not None:
             chats = self.tokenizer if self.task.special_tokens else None  # as the task reads what a template writes
-            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, partial(read_pairs, tokenizer=chats)))
+            read = partial(read_pairs, tokenizer=chats, called="dataset")
+            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, read))
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
         self.reference = AskedOnce(self.dataset_digest, _fingerprint(self.base.reference), len(self._pairs), given)
         held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)
@@ -131,7 +132,7 @@ class DPO(Agent):
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
         """The pairs of a file, in any format that `read_preferences` knows."""
-        return read_pairs(file, skip_bad_rows=skip_bad_rows)
+        return read_pairs(file, skip_bad_rows=skip_bad_rows, called="dataset")
 
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""

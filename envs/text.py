@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl.files import prompt_rows, text_of
+from textrl.cells import text_of
+from textrl.files import prompt_rows
 from textrl.formats import Row
 from textrl.remote import RemoteScore
 from textrl.scores import call_score, shorten

@@ -6,13 +6,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from datasets import Dataset
 
 import textrl
 from textrl.agents import BPO, DPO, SFT
 from textrl.envs.text import Text
+from textrl.episodes import as_episodes
 from textrl.files import LISTED, InputError, SkippedRows, prompt_rows, read_rows
 
 ROWS = [{"prompt": "a b", "completion": "c"}, {"prompt": "naïve 日本", "completion": 'line\nbreak "quoted", comma'}]
@@ -109,6 +114,9 @@ BAD_FILES = {
         (b'[{"prompt": "a"},\n"b"]', "line 2: must be an object"),
         (b'[\n{"prompt": "\xff"}]', "line 2: byte 13 of the line is not UTF-8"),
         (b"[" * 100_000, "line 1: is JSON too deeply nested"),
+        (b'{\n "data": [{"prompt": "a"}]\n}', "line 1: must be one object a line, or begin a list of them; got '{'"),
+        (b'{"data": [\n{"prompt": "a"}]}', "line 1: must be one object a line"),
+        (b'{"prompt": "a', "is not whole JSON: Unterminated string starting at character 12"),
         (b'{"data": [{"prompt": "a"}]}', "line 1, column 'prompt' is missing; got the columns"),
     ],
     "x.csv": [
@@ -295,7 +303,7 @@ def test_labels_and_scores_of_a_csv_are_numbers_and_all_else_is_text(tmp_path: P
 
 def test_repeated_pairs_of_a_file_are_named_and_kept(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", [PAIR, {**PAIR, "prompt": "b"}, PAIR])
-    with pytest.warns(SkippedRows, match=r"1 of 3 rows repeat another \(drop_duplicates .*line 3 repeats"):
+    with pytest.warns(SkippedRows, match=r"1 of 3 rows repeat another \(.*drop_duplicates=True\) .*line 3 repeats"):
         assert len(textrl.read_preferences(file)) == 3
     write(file, [{**PAIR, "annotator": 1}, {**PAIR, "annotator": 2}])  # not a mistake: two people agreed
     with warnings.catch_warnings():
@@ -303,7 +311,36 @@ def test_repeated_pairs_of_a_file_are_named_and_kept(tmp_path: Path) -> None:
         assert len(textrl.read_preferences(file)) == 2
 
 
-def test_rows_that_are_not_texts_all_through(tmp_path: Path) -> None:
-    file = write(tmp_path / "p.jsonl", [{**PAIR, "extra": 1}, {**PAIR, "extra": ["a"]}])
-    with pytest.raises(InputError, match=r"p.jsonl must have columns that each hold values of one type"):
-        textrl.read_preferences(file)
+def test_a_value_that_does_not_go_with_those_above_is_named_or_skipped(tmp_path: Path) -> None:
+    for values, line, message in (
+        ([1, ["a"], 2.5], 2, r"column 'extra' must be a number, as above; got \['a'\]"),
+        ([None, "a", True], 3, "column 'extra' must be a text, as above; got True"),
+        ([{"a": 1}, {"b": "x"}, {"b": 2}], 3, "column 'extra' must be a text, as above; got 2"),
+        ([1, 2**70, 2], 2, "column 'extra' must be a whole number of at most 64 bits; got 1180591620717411303424"),
+        (["a", "b", "\ud800"], 3, "column 'extra' must be text; got half of a surrogate pair"),
+    ):
+        file = write(tmp_path / "p.jsonl", [{**PAIR, "extra": value} for value in values])
+        with pytest.raises(InputError, match=rf"p.jsonl, line {line}, {message}"):
+            textrl.read_preferences(file)
+        with pytest.warns(SkippedRows, match=rf"skipped 1 of 3 rows: .*line {line}, {message}"):
+            assert len(textrl.read_preferences(file, skip_bad_rows=True)) == 2
+
+
+def test_data_that_is_no_list_of_rows_says_what_makes_one() -> None:
+    env, row = textrl.TextEnv(Letters()), {**PAIR, "completion": "b"}
+    for cls in (SFT, DPO, BPO):
+        for data, message in (
+            ([row, "x"], "dataset row 1 must be a dict with a value for each column; got 'x'"),
+            ((each for each in [row]), r"dataset must be .*; list\(...\) makes one of it$"),
+            (Dataset.from_list([row]).to_iterable_dataset(), r"; list\(...\) makes one of it$"),
+            (pandas.DataFrame([row]), r"; its .to_dict\('records'\) is one$"),
+            ("absent.jsonl", "dataset must be a file that exists; got 'absent.jsonl'"),
+        ):
+            with pytest.raises(InputError, match=message):
+                cls(env, dataset=data)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    row = {"prompt": "a", "completion": "b", "score": np.float32(2), "logprobs": [np.float32(-1), np.float64(-1)]}
+    logged = as_episodes([row, {**row, "score": np.int64(3)}], Letters(), torch.device("cpu"))
+    assert logged.scores.tolist() == [2, 3] and logged.logprobs.tolist() == [[-1, -1]] * 2

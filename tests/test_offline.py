@@ -547,7 +547,7 @@ def test_what_is_wrong_is_said() -> None:
         ("dataset row 0, column 'rejected' is missing", {"dataset": [{"prompt": "a", "chosen": "b"}]}),
         ("dataset row 0, column 'prompt' is missing", {"dataset": [{"chosen": "b", "rejected": "c"}]}),
         ("column 'chosen_ids' must be 1 to 4 token ids below 4", {"dataset": [{**pair, "chosen_ids": [4]}]}),
-        ("dataset must be a file, or rows", {"dataset": []}),
+        ("dataset must be .* with at least one row", {"dataset": []}),
     ]:
         with pytest.raises(ValueError, match=message):
             DPO(env, **{"dataset": [pair], **bad})

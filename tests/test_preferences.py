@@ -125,11 +125,24 @@ def test_sources(tmp_path: Path) -> None:
         ("nowhere.jsonl", "data must be a file that exists; got 'nowhere.jsonl'"),
         (__file__, r"a file that ends in one of .json, .*; got '.*.py', a file of another kind$"),
         (7, "data must be a datasets.Dataset"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}],
+            r"data row 1, column 'rejected' is missing; got the columns \['prompt', 'chosen'\]",
+        ),
+        ([{"Prompt": "a", "Chosen": "b", "Rejected": "c"}], "; did you mean 'Chosen' to be 'chosen'?"),
+        ([{"prompt": "a", "chosen": "b", " rejected": "c"}], "; did you mean ' rejected' to be 'rejected'?"),
     ],
 )
 def test_errors_name_row_and_column(rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_preferences(rows)
+
+
+def test_a_models_folder_is_not_searched_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data must be a file that ends in .*, a folder of a model"):
+        read_preferences(tmp_path)
 
 
 def test_all_pairs_alike_is_an_error() -> None:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from .batch import batched_logprobs, pad_responses
-from .config import as_path, check
+from .cells import number_of
+from .config import as_path, check, is_number
 from .env import TextEnv
-from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, number_of, read_rows
+from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, read_rows
 from .formats import FILE_OF_ROWS
 from .offline import digest, example_ids, given_rollout
 from .policy import CausalPolicy
@@ -211,9 +212,7 @@ def _logged_row(task: Task, row: Mapping[str, Any], strict: bool) -> tuple[list[
     score = None if row.get("score") is None else number_of(row, "score")
     logprobs = row.get("logprobs")
     if logprobs is not None:
-        fine = isinstance(logprobs, (list, tuple)) and all(
-            isinstance(x, (int, float)) and -math.inf < x <= 0 for x in logprobs
-        )
+        fine = isinstance(logprobs, (list, tuple)) and all(is_number(x) and -math.inf < x <= 0 for x in logprobs)
         if not fine or len(logprobs) != len(response):
             raise ValueError(
                 f"column 'logprobs' must be a list of {len(response)} finite numbers, none above 0, one a token;"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from .cells import text_of
 from .formats import FILE_OF_ROWS, READERS, Broken, Row
 from .scores import shorten
 
 T = TypeVar("T")
 
-MAX_CHARACTERS = 1_000_000
-"""A longer text in a file is taken for a mistake."""
 LISTED = 20
 """So many of the rows that were left out are listed; the rest is counted."""
 
@@ -114,67 +110,6 @@ def warn(message: str, places: Sequence[str]) -> None:
     warnings.warn(f"{message}: {listed}", SkippedRows, stacklevel=3)
 
 
-# ---- checks of a row -----------------------------------------------------------------------------------------
-
-
-def text_of(row: Mapping[str, Any], column: str, empty: bool = True) -> str:
-    """A row's text, checked: no half of a surrogate pair, no NUL, not endless.
-
-    Args:
-        row: the row.
-        column: which column.
-        empty: whether it may be empty or blank.
-
-    Raises:
-        ValueError: naming the column and what would be right.
-    """
-    if column not in row:
-        near = difflib.get_close_matches(column, list(row), 1)
-        hint = f"; did you mean {near[0]!r} to be it?" if near else ""
-        raise ValueError(f"column {column!r} is missing; got the columns {shorten(list(row))}{hint}")
-    value = row[column]
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} must be a text; got {shorten(value)}")
-    check_text(f"column {column!r}", value)
-    if not empty and not value.strip():
-        raise ValueError(f"column {column!r} must be a text that is not empty; got {shorten(value)}")
-    return value
-
-
-def check_text(name: str, value: str) -> None:
-    """Refuses what no tokenizer takes.
-
-    Raises:
-        ValueError: for a lone surrogate, a NUL, or more than `MAX_CHARACTERS`.
-    """
-    if len(value) > MAX_CHARACTERS:
-        raise ValueError(f"{name} must be a text of at most {MAX_CHARACTERS:,} characters; got {len(value):,}")
-    if value.isascii():
-        place = value.find("\0")
-    else:
-        found = re.search("[\0\ud800-\udfff]", value)
-        place = found.start() if found else -1
-    if place >= 0:
-        what = "NUL" if value[place] == "\0" else f"half of a surrogate pair, \\u{ord(value[place]):04x},"
-        raise ValueError(f"{name} must be text; got {what} at character {place + 1}: {shorten(value[:60])}")
-
-
-def number_of(row: Mapping[str, Any], column: str) -> float:
-    """A row's number.
-
-    Raises:
-        ValueError: for anything else, NaN and infinity too.
-    """
-    value = row[column]
-    try:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        fine = False
-    if not fine:
-        raise ValueError(f"column {column!r} must be a finite number; got {shorten(value)}")
-    return float(value)
-
-
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +196,8 @@ def prompt_rows(prompts: Any, skip_bad_rows: bool) -> Rows:
     ordered = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
     table = hasattr(prompts, "columns")  # of pandas, which gives its columns' names one by one
     if isinstance(prompts, (bytes, Mapping)) or not ordered or table:
-        raise ValueError(f"prompts must be a list of texts, a dataset or a file of them; got {shorten(prompts)}")
+        right = "a list of texts, a dataset or a file of them"
+        raise ValueError(f"prompts must be {right}; got {shorten(prompts)}{_way_out(prompts)}")
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:
         raise ValueError(f'prompts must have a column "prompt"; got the columns {names}')
@@ -274,24 +210,45 @@ def prompt_rows(prompts: Any, skip_bad_rows: bool) -> Rows:
     return Rows(found, [f"prompts, row {i}" for i in range(len(found))], "prompts", skip_bad_rows)
 
 
-def dataset_rows(data: Any, read: Callable[[str | Path], Rows]) -> Rows:
-    """What an agent is given to learn from, as rows: a file, a `datasets.Dataset` or a list of dicts.
+def dataset_rows(data: Any, read: Callable[[str | Path], Rows], called: str = "dataset") -> Rows:
+    """What somebody gave to learn from, as rows: a file, a `datasets.Dataset` or a list of dicts.
 
     Args:
         data: any of these.
         read: reads a file.
+        called: the argument that it is, for messages.
 
     Raises:
         ValueError: for anything else, or no rows at all.
     """
     if isinstance(data, Rows):
         return data
-    if isinstance(data, (str, Path)):
-        return read(data)
-    rows = list(data) if hasattr(data, "__len__") and hasattr(data, "__getitem__") else []
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"dataset must be a file, or rows (dicts), at least one; got {shorten(data)}")
-    return Rows(rows, [f"dataset row {i}" for i in range(len(rows))], "dataset")
+    return read(data) if isinstance(data, (str, Path)) else listed_rows(data, called)
+
+
+def listed_rows(data: Any, called: str, skip: bool = False) -> Rows:
+    """A `datasets.Dataset` or a list of dicts as rows.
+
+    Raises:
+        InputError: for anything else, or no rows at all.
+    """
+    ordered = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (bytes, Mapping))
+    hint = "" if isinstance(data, Rows) else _way_out(data)
+    rows = list(data) if ordered and not hint else []
+    if not rows:
+        right = "a datasets.Dataset, a list of dicts or a file, with at least one row"
+        raise InputError(f"{called} must be {right}; got {shorten(data)}{hint}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"{called} row {i} must be a dict with a value for each column; got {shorten(row)}")
+    return Rows(rows, [f"{called} row {i}" for i in range(len(rows))], called, skip)
+
+
+def _way_out(data: Any) -> str:
+    """What makes a list of data that is none."""
+    if hasattr(data, "columns"):  # of pandas, which gives its columns' names one by one
+        return "; its .to_dict('records') is one"
+    return "; list(...) makes one of it" if isinstance(data, Iterable) and not hasattr(data, "__len__") else ""
 
 
 def all_or_none(known: int, total: int, what: str) -> None:

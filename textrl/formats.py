@@ -85,7 +85,7 @@ def _object(text: str) -> Row:
     try:
         row = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not whole JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"is not whole JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(_reason(error)) from None
     return _as_row(row)
@@ -112,8 +112,11 @@ def json_lines(path: Path, numbers: Sequence[str] = ()) -> Found:
 
 def json_list(path: Path, numbers: Sequence[str] = ()) -> Found:
     """A list of objects, each with the line it begins in; or one object a line."""
-    _, first = next(_lines(path), ("", b""))
+    place, first = next(_lines(path), ("", b""))
     if not first.lstrip().startswith(b"["):
+        if first.rstrip().endswith((b"{", b"[")):
+            got = shorten(first.strip().decode(errors="replace"))
+            raise Broken(f", {place}: must be one object a line, or begin a list of them; got {got}")
         yield from json_lines(path)
         return
     text = _whole_text(path)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .batch import pad_responses
+from .cells import text_of
 from .codec import plain_ids
-from .files import text_of
 from .formats import Row
 from .rollout import Rollout
 from .scores import shorten

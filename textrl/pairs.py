@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cells import number_of, text_of
 from .config import check
-from .files import Rows, all_or_none, number_of, text_of
+from .files import Rows, all_or_none
 from .offline import encode_response, prompt_of, token_ids
 from .preferences import REFERENCE_COLUMNS
 from .task import Task

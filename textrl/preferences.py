@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import InputError, Rows, check_text, found_at, is_file_name, read_rows, warn
+from .cells import check_kinds, check_text, did_you_mean, text_of, value_of
+from .files import InputError, Rows, found_at, is_file_name, listed_rows, read_rows, warn
 from .formats import FILE_OF_ROWS
 from .scores import shorten
 
@@ -32,7 +33,7 @@ _LABELLED = {  # two answers and a label: the columns, and which label says that
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """What the reference says of the two responses, where a file brings it along."""
 _NUMBERS = (*(label for *_, label in _LABELLED), *REFERENCE_COLUMNS, "chosen_ids", "rejected_ids")
-_SOURCES = f"data must be {FILE_OF_ROWS}, a folder that save_to_disk wrote, or the name of a hub dataset in reach"
+_SOURCES = f"must be {FILE_OF_ROWS}, a folder that save_to_disk wrote, or the name of a hub dataset in reach"
 
 
 def read_preferences(
@@ -77,12 +78,20 @@ def read_preferences(
     from datasets import Dataset
 
     pairs = read_pairs(data, tokenizer, split, drop_duplicates, skip_bad_rows)
-    columns = {name: [row.get(name) for row in pairs] for name in pairs.columns}
     try:
-        return Dataset.from_dict(columns)
+        return Dataset.from_dict(_by_column(pairs))
+    except (TypeError, ValueError, OverflowError):
+        kinds: dict[Any, str] = {}
+        pairs.each(lambda row: check_kinds(row, kinds))  # names the row, or leaves it out
+    try:
+        return Dataset.from_dict(_by_column(pairs))
     except (TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{pairs.source} must have columns that each hold values of one type ({reason})") from None
+
+
+def _by_column(rows: Rows) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in rows.columns}
 
 
 def read_pairs(
@@ -91,12 +100,11 @@ def read_pairs(
     split: str = "train",
     drop_duplicates: bool = False,
     skip_bad_rows: bool = False,
+    called: str = "data",
 ) -> Rows:
     """The pairs of `read_preferences` as rows that know where they stand."""
-    table = _load(data, split, skip_bad_rows)
+    table = _load(data, split, skip_bad_rows, called)
     names = set(table.columns)
-    if len(table) == 0:
-        raise InputError(f"data must have at least one row; got none, with the columns {sorted(names)}")
     columns = _answers(table.source, names)
     prompts = next((name for name in _PROMPTS if name in names), None)
     template = tokenizer if getattr(tokenizer, "chat_template", None) else None
@@ -113,12 +121,11 @@ def read_pairs(
             warnings.warn(f"dropped {len(keep) - len(kept)} of {len(rows)} pairs: duplicates", stacklevel=3)
         keep = sorted(kept)
     if not keep:
-        raise InputError(f"data must have a pair whose chosen and rejected differ; got {len(rows)} pairs, all alike")
+        right = "a pair whose chosen and rejected differ"
+        raise InputError(f"{table.source} must have {right}; got {len(rows)} pairs, all alike")
     if repeated:
-        warn(
-            f"{table.source}: {len(repeated)} of {len(table)} rows repeat another (drop_duplicates drops them)",
-            repeated,
-        )
+        said = f"{table.source}: {len(repeated)} of {len(table)} rows repeat another"
+        warn(f"{said} (each counts; read_preferences(..., drop_duplicates=True) drops them)", repeated)
     used = {*columns, prompts} | ({"input"} if prompts == "instruction" else set())
     others = [{key: value for key, value in row.items() if key not in used} for row in table]
     texts = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
@@ -126,37 +133,34 @@ def read_pairs(
     return Rows([others[i] | texts[i] for i in keep], places, table.source, skip_bad_rows, table.strict)
 
 
-def _load(data: Any, split: str, skip: bool) -> Rows:
-    from datasets import Dataset, DatasetDict, load_from_disk
+def _load(data: Any, split: str, skip: bool, called: str) -> Rows:
+    from datasets import DatasetDict, load_from_disk
 
     if is_file_name(data):
-        return read_rows(data, numbers=_NUMBERS, skip_bad_rows=skip, called="data")
+        return read_rows(data, numbers=_NUMBERS, skip_bad_rows=skip, called=called)
     if isinstance(data, (str, Path)):
         path = Path(data)
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             data = load_from_disk(os.fspath(path))
-        elif path.is_file():
-            raise InputError(f"{_SOURCES}; got {found_at(path)}")
+        elif path.is_file() or (path / "config.json").exists():
+            raise InputError(f"{called} {_SOURCES}; got {found_at(path)}" + (" of a model" if path.is_dir() else ""))
         else:
-            data = _from_hub(str(data), split)
+            data = _from_hub(str(data), split, called)
     if isinstance(data, DatasetDict):
         if split not in data:
             raise InputError(f"split must be one of {sorted(data)}; got {split!r}")
         data = data[split]
-    rows = isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data)
-    if not isinstance(data, Dataset) and not rows:
-        raise InputError(f"data must be a datasets.Dataset, a list of dicts, a file or a name; got {shorten(data)}")
-    return Rows(data, skip=skip)
+    return listed_rows(data, called, skip)
 
 
-def _from_hub(name: str, split: str) -> Dataset:
+def _from_hub(name: str, split: str, called: str) -> Dataset:
     from datasets import load_dataset
 
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # whatever the loader and the network may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{_SOURCES}; got {found_at(name)} ({reason})") from None
+        raise InputError(f"{called} {_SOURCES}; got {found_at(name)} ({reason})") from None
 
 
 def _answers(source: str, names: set[str]) -> tuple[str, str, str | None]:
@@ -168,7 +172,8 @@ def _answers(source: str, names: set[str]) -> tuple[str, str, str | None]:
         if set(columns) <= names:
             return columns
     known = [" and ".join(pair) for pair in _PAIRS] + [", ".join(columns) for columns in _LABELLED]
-    raise InputError(f"{source} must have the columns {'; or '.join(known)}; got {shorten(sorted(names), 200)}")
+    hint = next((said for name in _PAIRS[0] if name not in names and (said := did_you_mean(name, names))), "")
+    raise InputError(f"{source} must have the columns {'; or '.join(known)}; got {shorten(sorted(names), 200)}{hint}")
 
 
 def _row(
@@ -185,8 +190,8 @@ def _row(
     """
     first, second, label = columns
     if label is not None:
-        if row.get(label) not in (0, 1):
-            raise ValueError(f"column {label!r} must be 0 or 1; got {shorten(row.get(label))}")
+        if value_of(row, label) not in (0, 1):
+            raise ValueError(f"column {label!r} must be 0 or 1; got {shorten(row[label])}")
         if row[label] != _LABELLED[first, second, label]:
             first, second = second, first
     prompt, chosen, rejected = _texts(row, prompts, first, second, tokenizer)
@@ -207,7 +212,7 @@ def _texts(
 ) -> tuple[str, str, str]:
     if isinstance(row.get(first), list):
         prompt = None if prompts is None else row.get(prompts)
-        return _chat(prompt, (first, row[first]), (second, row.get(second)), tokenizer)
+        return _chat(prompt, (first, row[first]), (second, value_of(row, second)), tokenizer)
     chosen, rejected = (_text(row, name) for name in (first, second))
     if prompts is None:
         return _split(chosen, rejected)
@@ -220,11 +225,10 @@ def _texts(
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
+    value = value_of(row, column)
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} must be a text or a list of messages; got {shorten(value)}")
-    check_text(f"column {column!r}", value)
-    return value
+    return text_of(row, column)
 
 
 def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
