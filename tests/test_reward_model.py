@@ -1,6 +1,7 @@
 """How a reward model is trained, and how it reads texts that are long, alike or many."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -165,3 +166,63 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused():
     model, _ = scorer()
     with pytest.raises(ValueError, match="tokenizer has 9 tokens but the model's vocabulary only 4"):
         RewardModel(model, textrl.symbol_tokenizer("abcdefgh"))
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([PAIR, {**PAIR, "chosen": 3}], "pairs row 1, column 'chosen' must be a text; got 3"),
+        ([PAIR, {**PAIR, "chosen": b"b"}], "pairs row 1, column 'chosen' must be a text; got b'b'"),
+        (
+            [PAIR, {**PAIR, "rejected": "\ud800"}],
+            "pairs row 1, column 'rejected' must be text; got half of a surrogate",
+        ),
+        ([PAIR, {"prompt": "a", "chosen": "b"}], "pairs row 1, column 'rejected' is missing; got the columns"),
+        ([PAIR, "x"], "pairs row 1 must be a dict"),
+        ([], "pairs must be .* with at least one row; got"),
+        ("absent.jsonl", "pairs must be a file that exists; got 'absent.jsonl'"),
+    ],
+)
+def test_pairs_are_refused_by_row_and_column(rows, message):
+    reward = RewardModel(*scorer())
+    for call in (reward.accuracy, lambda rows: train_reward_model(reward, rows)):
+        with pytest.raises(ValueError, match=message):
+            call(rows)
+
+
+@pytest.mark.parametrize("group", [None, "a", 1.0, True, 2**70])
+def test_a_group_is_a_whole_number(group):
+    with pytest.raises(ValueError, match="pairs row 1, column 'group' must be a whole number of at most 64 bits; got "):
+        train_reward_model(RewardModel(*scorer()), [{**PAIR, "group": 1}, {**PAIR, "group": group}])
+
+
+def test_pairs_are_taken_in_every_form_that_dpo_takes(tmp_path):
+    model, tokenizer = scorer()
+    rows = [{**PAIR, "x": 1}, {**PAIR, "chosen": "bb", "x": "z", "id": 2**70}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learned = []
+    for data in (Dataset.from_list([{name: row[name] for name in PAIR} for row in rows]), rows, tuple(rows)):
+        learned.append(RewardModel(copy.deepcopy(model), tokenizer))
+        train_reward_model(learned[-1], data, learning_rate=1e-2)
+    learned.append(RewardModel(copy.deepcopy(model), tokenizer))
+    train_reward_model(learned[-1], tmp_path / "pairs.jsonl", learning_rate=1e-2)
+    assert len({str(each(["a", "a"], ["b", "c"])) for each in learned}) == 1
+    assert learned[0](["a"], ["b"]) != RewardModel(model, tokenizer)(["a"], ["b"])
+    assert learned[0].accuracy(tmp_path / "pairs.jsonl") == learned[0].accuracy(rows)
+
+
+def test_pairs_that_are_alike_are_dropped_with_a_warning():
+    model, tokenizer = scorer()
+    alike = {**PAIR, "rejected": "b"}
+    with pytest.raises(
+        ValueError, match="pairs must have one whose chosen and rejected differ; got 4 pairs, all alike"
+    ):
+        train_reward_model(RewardModel(model, tokenizer), [alike] * 4)
+    learned = [RewardModel(copy.deepcopy(model), tokenizer) for _ in range(2)]
+    train_reward_model(learned[0], [PAIR], learning_rate=1e-2)
+    with pytest.warns(UserWarning, match="dropped 2 of 3 pairs: chosen equals rejected"):
+        train_reward_model(learned[1], [alike, PAIR, alike], learning_rate=1e-2)
+    assert learned[0](["a"], ["b"]) == learned[1](["a"], ["b"])

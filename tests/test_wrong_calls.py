@@ -118,8 +118,8 @@ def test_what_a_reward_model_scores(prompts, completions, message, scorer):
     ("given", "options", "message"),
     [
         (None, {}, "pairs must be a datasets.Dataset"),
-        (pairs(chosen=1), {}, "pairs, row 0, column 'chosen' must be a text; got 1"),
-        (pairs(group="x"), {}, "pairs, column 'group', must be whole numbers"),
+        (pairs(chosen=1), {}, "pairs row 0, column 'chosen' must be a text; got 1"),
+        (pairs(group="x"), {}, "pairs row 0, column 'group' must be a whole number of at most 64 bits; got 'x'"),
         (pairs(), {"config": 5}, "config must be a RewardModelConfig; got int"),
         (pairs(), {"log_dir": ""}, "log_dir must be a path; got ''"),
         (pairs(), {"log_dir": "x", "keep": "x"}, "keep must be a whole number; got 'x'"),
@@ -213,7 +213,9 @@ def test_what_is_collected(task, tmp_path):
 
 def test_few_texts_for_a_reward_model(scorer):
     refused("completions must be at least two texts", lambda: scorer.standardise(["a"], ["b"]))
-    refused("pairs must be at least one pair", lambda: scorer.accuracy(pairs().select([])))
+    refused(
+        "a list of dicts or a file, with at least one row; got Dataset", lambda: scorer.accuracy(pairs().select([]))
+    )
     assert scorer([], []) == []
 
 

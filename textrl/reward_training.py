@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
+from .cells import text_of, value_of
 from .config import check, check_types, make_config
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good, spoilt
+from .files import Rows, dataset_rows
 from .folders import SCORER_IN_TRAINING, verify, whole_folder, write_manifest
+from .formats import Row
 from .logging import RunLog
 from .loop import Run
 from .models import tables, train_last_layers, trainable
 from .optim import Optimizer
+from .preferences import read_pairs
 from .runs import Checkpoints, Due, Signals
 from .scores import shorten
 
@@ -32,6 +38,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .rewards import RewardModel
+
+
+TEXTS = ("prompt", "chosen", "rejected")
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -157,37 +166,42 @@ class _Training:
         self.now = _Progress(**state.unpack(content["progress"], tensors, device))
 
 
-def as_dataset(pairs: Any) -> Any:
-    """A list of rows as a `Dataset`; anything else as it is."""
-    if not isinstance(pairs, list) or not pairs or not all(isinstance(row, Mapping) for row in pairs):
-        return pairs
-    from datasets import Dataset
-
-    return Dataset.from_list(pairs)
-
-
-def _check_pairs(pairs: Any) -> None:
-    """Refuses what are no pairs of texts.
+def pairs_of(pairs: Any, reward_model: RewardModel) -> Rows:
+    """Pairs from wherever they are, as rows with the texts prompt, chosen and rejected.
 
     Raises:
-        ValueError: naming row and column.
+        ValueError: naming the row, or file and line, and the column.
     """
-    if not hasattr(pairs, "column_names"):
-        raise ValueError(
-            f"pairs must be a datasets.Dataset (read_preferences makes one) or a list of rows; got {shorten(pairs)}"
-        )
-    missing = {"prompt", "chosen", "rejected"} - set(pairs.column_names)
-    if missing or len(pairs) == 0:
-        raise ValueError(
-            f'pairs must have rows and the columns "prompt", "chosen" and "rejected"; got {len(pairs)} rows of'
-            f" {pairs.column_names}"
-        )
-    for name in ("prompt", "chosen", "rejected"):
-        for row, text in enumerate(pairs[name]):
-            check(f"pairs, row {row}, column {name!r}", text, isinstance(text, str), "a text")
-    if "group" in pairs.column_names:
-        kind = str(pairs.features["group"].dtype)
-        check("pairs, column 'group',", kind, "int" in kind, "whole numbers")
+    chats = reward_model.tokenizer if reward_model.special_tokens else None  # as it reads what a template writes
+    rows = dataset_rows(pairs, partial(read_pairs, tokenizer=chats, called="pairs"), "pairs")
+    rows.each(lambda row: [text_of(row, name) for name in TEXTS])
+    return rows
+
+
+def _to_learn_from(rows: Rows) -> Dataset:
+    """The pairs that differ, in the columns that are read.
+
+    Raises:
+        ValueError: where there is none, or for a group that is no number.
+    """
+    from datasets import Dataset
+
+    names = [*TEXTS, "group"] if "group" in rows.columns else TEXTS
+    if "group" in names:
+        rows.each(_check_group)
+    kept = [row for row in rows if row["chosen"] != row["rejected"]]
+    if not kept:
+        raise ValueError(f"pairs must have one whose chosen and rejected differ; got {len(rows)} pairs, all alike")
+    if len(kept) < len(rows):
+        what = f"dropped {len(rows) - len(kept)} of {len(rows)} pairs"
+        warnings.warn(f"{what}: chosen equals rejected", stacklevel=3)
+    return Dataset.from_dict({name: [row[name] for row in kept] for name in names})
+
+
+def _check_group(row: Row) -> None:
+    group = value_of(row, "group")
+    fine = isinstance(group, numbers.Integral) and not isinstance(group, bool) and -(2**63) <= int(group) < 2**63
+    check("column 'group'", group, fine, "a whole number of at most 64 bits")
 
 
 def _warn_of_cut_texts(reward_model: RewardModel, pairs: Dataset) -> None:
@@ -201,7 +215,7 @@ def _warn_of_cut_texts(reward_model: RewardModel, pairs: Dataset) -> None:
 
 def train_reward_model(
     reward_model: RewardModel,
-    pairs: Dataset,
+    pairs: Dataset | Sequence[Mapping[str, Any]] | str | Path,
     config: RewardModelConfig | None = None,
     *,
     log_dir: str | Path | None = None,
@@ -215,9 +229,10 @@ def train_reward_model(
 
     Args:
         reward_model: to be trained.
-        pairs: a `Dataset`, or a list of rows, with the columns "prompt", "chosen" and "rejected", texts; and "group",
-            whole numbers, where comparisons of the same few texts belong in one step: each text is then read once for
-            all of them (Ouyang 2022, section 3.5).
+        pairs: a `Dataset`, or a list of rows, with the columns "prompt", "chosen" and "rejected", texts, or a file that
+            `read_preferences` reads; and "group", whole numbers, where comparisons of the same few texts belong in one
+            step: each text is then read once for all of them (Ouyang 2022, section 3.5). Pairs whose texts are alike
+            are dropped, with a warning that counts them.
         config: settings.
         log_dir: where `progress.csv`, TensorBoard's files and checkpoints go.
         progress_bar: shows a bar and a row a step.
@@ -229,17 +244,16 @@ def train_reward_model(
             a training that was never stopped, to the last bit.
 
     Raises:
-        ValueError: for an empty dataset, missing columns, or a folder that holds another run's checkpoints.
+        ValueError: for pairs that are none, or all alike, or a folder that holds another run's checkpoints.
         TrainingError: when loss or gradient are not finite three times in a row.
     """
     if not hasattr(reward_model, "pair_scalars"):
         raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
-    pairs = as_dataset(pairs)
-    _check_pairs(pairs)
+    data = _to_learn_from(pairs_of(pairs, reward_model))
     Run(log_dir=log_dir, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
     config = make_config(RewardModelConfig, config, settings)
-    _warn_of_cut_texts(reward_model, pairs)
-    training = _Training(reward_model, pairs, config)
+    _warn_of_cut_texts(reward_model, data)
+    training = _Training(reward_model, data, config)
     saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
     if resume and saved is not None:
         saved.go_on(training.restore)
@@ -252,7 +266,7 @@ def train_reward_model(
     log = RunLog(
         log_dir,
         progress_bar,
-        config.epochs * len(pairs),
+        config.epochs * len(data),
         "reward model",
         unit="pairs",
         after=now.step,

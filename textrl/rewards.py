@@ -20,7 +20,7 @@ from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
 from .models import check_vocabulary_size, longest_text, without_dropout
 from .policy import alike, values_at
-from .reward_training import as_dataset
+from .reward_training import TEXTS, pairs_of
 from .reward_training import train_reward_model as train_reward_model
 from .scalars import load_scalar, value_model
 from .scores import call_score, shorten
@@ -176,11 +176,11 @@ class RewardModel:
             spread = 1.0
         self.mean, self.std = float(scalars.mean()), spread
 
-    def accuracy(self, pairs: Dataset | Sequence[Mapping[str, str]]) -> float:
+    def accuracy(self, pairs: Dataset | Sequence[Mapping[str, Any]] | str | Path) -> float:
         """Share of the pairs whose chosen text scores above the rejected one; a tie counts half."""
-        check("pairs", pairs, len(pairs) > 0, "at least one pair")
+        rows = pairs_of(pairs, self)
         with torch.no_grad():
-            chosen, rejected = self.pair_scalars(as_dataset(pairs)[:])
+            chosen, rejected = self.pair_scalars({name: [row[name] for row in rows] for name in TEXTS})
         return float((chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean())
 
     def pair_scalars(self, pairs: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
