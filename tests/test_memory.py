@@ -13,6 +13,7 @@ from textrl.memory import OutOfMemory, accumulate_gradients, is_out_of_memory
 from textrl.optim import Optimizer
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
+from textrl.scores import reason
 
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), CPU, MemoryError()]
@@ -141,3 +142,11 @@ def test_a_ragged_batchs_loss_is_the_mean_over_its_tokens_however_it_is_cut(toke
     found = accumulate_gradients(loss, batch, tokens_at_once)
     assert found == pytest.approx({"loss": 10, "mean": 5})
     assert weight.grad.item() == pytest.approx(5)
+
+
+def test_an_error_without_words_is_told_by_its_name():
+    agent = agent_of()
+    failing(agent, MemoryError(), lambda tokens: True)
+    with pytest.warns(RuntimeWarning), pytest.raises(OutOfMemory, match=r"smaller optimizer \(MemoryError\)"):
+        agent.learn(60)
+    assert [reason(error) for error in (OSError(), OSError(" \n"), OSError("\na\nb"))] == ["OSError", "OSError", "a"]

@@ -31,7 +31,7 @@ from .formats import FILE_OF_ROWS
 from .offline import digest, example_ids, given_rollout
 from .policy import CausalPolicy
 from .rollout import Rollout, masks_along
-from .scores import shorten
+from .scores import reason, shorten
 from .task import Task
 from .vector import TextVectorEnv
 
@@ -54,8 +54,7 @@ def open_dataset(dataset: MinariDataset | str | Path) -> MinariDataset:
     try:
         return minari.MinariDataset(data)
     except Exception as error:  # whatever Minari and h5py raise of files that are not theirs
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"dataset {str(data.parent)!r} cannot be read as a Minari dataset ({reason})") from None
+        raise ValueError(f"dataset {str(data.parent)!r} cannot be read as a Minari dataset ({reason(error)})") from None
 
 
 def read_episodes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .scores import reason
+
 SECONDS = 10
 """The hub has this long to answer; transformers itself would retry for half a minute."""
 
@@ -32,5 +34,4 @@ def check_source(name: str, what: str) -> None:
             return
         HfApi().model_info(name, timeout=SECONDS)
     except Exception as error:  # whatever the client and the network may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{what} {name!r} is neither a folder nor a hub name in reach ({reason})") from None
+        raise ValueError(f"{what} {name!r} is neither a folder nor a hub name in reach ({reason(error)})") from None

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .scores import reason
+
 
 def kernels_for(module: str, device: torch.device) -> Any | None:
     """A module of kernels, "fused" or "decoding", where they run on this device; else None."""
@@ -26,7 +28,7 @@ def runs(kernels: Callable[[], Any], what: str) -> bool:
     try:
         kernels()
     except Exception as error:  # of Triton, of a compiler that is missing, of the driver
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"{what} the slow way: Triton's kernels do not run here ({why})", RuntimeWarning, stacklevel=3)
+        said = f"{what} the slow way: Triton's kernels do not run here ({reason(error)})"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
         return False
     return True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import Rollout, microbatches
 from .config import AgentConfig
+from .scores import reason
 
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 """A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
@@ -108,5 +109,5 @@ def explained(config: AgentConfig) -> Iterator[None]:
         raise OutOfMemory(
             f"out of memory: lower max_tokens_per_microbatch (now {config.max_tokens_per_microbatch}) for less in a"
             f" forward and backward pass, batch_size (now {config.batch_size}) for less while sampling, or"
-            f" trainable_layers (now {config.trainable_layers}) for a smaller optimizer ({str(error).splitlines()[0]})"
+            f" trainable_layers (now {config.trainable_layers}) for a smaller optimizer ({reason(error)})"
         ) from error

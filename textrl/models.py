@@ -24,7 +24,7 @@ from .config import check
 from .flat import flat_of
 from .folders import verify_if_ours
 from .hub import check_source
-from .scores import shorten
+from .scores import reason, shorten
 from .symbols import load_tokenizer
 from .tabular import PrefixTable, register_tabular
 
@@ -181,8 +181,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTr
     try:
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{called} {name!r} holds no causal language model ({first})") from None
+        raise ValueError(f"{called} {name!r} holds no causal language model ({reason(error)})") from None
     check_whole(name, report)
     return model
 

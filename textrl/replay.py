@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .scores import reason
+
 CHECK_EVERY = 8
 """Asking a GPU whether rows have ended stops it, so it is asked only every so many tokens."""
 
@@ -31,8 +33,8 @@ def cuda_graph(step: Step) -> Step:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a score may use the GPU in another thread
             step()
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        warnings.warn(f"the sampling step could not be recorded as a CUDA graph ({why})", RuntimeWarning, stacklevel=2)
+        said = f"the sampling step could not be recorded as a CUDA graph ({reason(error)})"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
         return step
     return graph.replay
 

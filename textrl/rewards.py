@@ -23,7 +23,7 @@ from .policy import alike, values_at
 from .reward_training import TEXTS, pairs_of
 from .reward_training import train_reward_model as train_reward_model
 from .scalars import load_scalar, value_model
-from .scores import call_score, shorten
+from .scores import call_score, reason, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,8 +100,7 @@ class RewardModel:
             model = load_scalar(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"folder {str(folder)!r} holds no reward model ({first})") from None
+            raise ValueError(f"folder {str(folder)!r} holds no reward model ({reason(error)})") from None
         return cls(model, tokenizer, **{**getattr(model.config, "score_options", {}), **options})
 
     def save(self, folder: str | Path) -> None:

@@ -121,6 +121,11 @@ def shorten(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; of one that says nothing, its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
     """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs)."""
     arguments = {"prompts": prompts, "completions": completions, **columns}

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .scores import reason
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -72,5 +74,4 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever the loader may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"tokenizer {name!r} holds no tokenizer ({reason})") from None
+        raise ValueError(f"tokenizer {name!r} holds no tokenizer ({reason(error)})") from None
