@@ -9,6 +9,8 @@ import torch
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2LMHeadModel,
@@ -19,16 +21,19 @@ from transformers import (
     MistralForTokenClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import textrl
-from textrl.agents import PPO, TRPO
+from textrl.agents import PPO, REINFORCE, TRPO
 from textrl.envs.copy import Copy
 from textrl.generation import generate
 from textrl.heads import OwnHead, head_of
 from textrl.models import small_model
 from textrl.optim import Optimizer
 from textrl.policy import CausalPolicy, values_at
+from textrl.probing import looks_ahead
 from textrl.scalars import value_model
 from textrl.stepwise import StepwiseLM
 from textrl.trunk import frozen_blocks
@@ -103,6 +108,41 @@ def test_what_is_drawn_of_ragged_prompts_has_the_recorded_log_probability(kind):
         text = torch.cat([torch.from_numpy(prompt), response])
         right = model(input_ids=text[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
         torch.testing.assert_close(logprobs, right.gather(-1, response[:, None])[:, 0].detach(), atol=1e-5, rtol=1e-4)
+
+
+def bert(decoder):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertLMHeadModel(BertConfig(vocab_size=4, is_decoder=decoder, **sizes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_models_are_told_by_one_forward(kind):
+    model, calls = made(kind), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert not looks_ahead(model) and not looks_ahead(model)
+    assert calls == [1]
+
+
+def test_models_that_are_not_causal_are_refused(tmp_path):
+    bert(False).save_pretrained(tmp_path)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    for model, wrong in (
+        (bert(False), "reads both ways"),
+        (tmp_path, "reads both ways"),
+        (t5, "gives no logits for one"),
+    ):
+        with pytest.raises(ValueError, match=f"^model must be a causal language model, .*{wrong}"):
+            REINFORCE(textrl.TextEnv(Copy()), model)
+        with pytest.raises(ValueError, match=f"^reference must be a causal language model, .*{wrong}"):
+            textrl.TextEnv(Copy(), reference=model, kl_coef=0.1)
+
+
+def test_a_bert_that_is_a_decoder_learns_without_a_critic_of_its_own():
+    env = textrl.TextEnv(Copy())
+    REINFORCE(env, bert(True), batch_size=8).learn(24)
+    PPO(env, bert(True), critic="shared", batch_size=8).learn(24)
+    with pytest.raises(ValueError, match=r"has a score for every token, .*; got 'bert' .*critic=\"shared\""):
+        PPO(env, bert(True), batch_size=8)
 
 
 @pytest.mark.parametrize("kind", ["capped", "scaled", "two kinds of blocks"])

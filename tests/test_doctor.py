@@ -135,6 +135,13 @@ def hotter():
     return agent
 
 
+def looking_ahead():
+    agent = agent_on()
+    block = agent.model.transformer.h[0]
+    block.register_forward_hook(lambda module, arguments, output: output + output.mean(1, keepdim=True))
+    return agent
+
+
 def lowercase():
     task = gym.make("textrl/Text-v0", tokenizer=textrl.symbol_tokenizer("abc"), prompts=["ab"]).unwrapped.task
     task.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -156,7 +163,7 @@ PLANTED = {
     ),
     "padding changes log-probabilities .*causal": (
         "padding",
-        lambda: agent_on(policy=hooked(lambda x: x + x.mean(1, keepdim=True))),
+        looking_ahead,
     ),
     "order of a batch changes": (
         "order of the batch",
@@ -216,6 +223,7 @@ def test_a_planted_fault_is_named_with_a_fix(message):
     assert re.search(message, faults[name].said), faults[name].said
     assert "fix: " in faults[name].said or "OSError" in message
     assert "\n" not in str(faults[name])
+    assert "temperature 1 and scored by the environment at 1:" not in str(list(faults.values()))
     others = {"ratio at the first minibatch", "temperature", "KL penalty", "order of the batch", "padding"}
     model_faults = "padding" in message or "order" in message or "ratio" in message or "temperature" in message
     assert len(faults) == 1 or (model_faults and faults.keys() <= {name, *others}) or name in (

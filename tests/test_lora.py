@@ -223,6 +223,8 @@ def test_adapters_that_change_the_base_are_refused(start):
         PPO(environment(None, 0.0), small_model(4, 8), peft_config=lora(init_lora_weights=start))
     with pytest.raises(ValueError, match=r"peft_config.bias must be \"none\"; got 'all'"):
         PPO(environment(None, 0.0), small_model(4, 8), peft_config=lora(bias="all"))
+    with pytest.raises(ValueError, match=r"peft_config.task_type must be \"CAUSAL_LM\"; got .*SEQ_CLS"):
+        PPO(environment(None, 0.0), small_model(4, 8), peft_config=lora(task_type="SEQ_CLS"))
 
 
 KINDS = {

@@ -6,7 +6,13 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import textrl
 from textrl.agents import PPO
@@ -226,3 +232,12 @@ def test_pairs_that_are_alike_are_dropped_with_a_warning():
     with pytest.warns(UserWarning, match="dropped 2 of 3 pairs: chosen equals rejected"):
         train_reward_model(learned[1], [alike, PAIR, alike], learning_rate=1e-2)
     assert learned[0](["a"], ["b"]) == learned[1](["a"], ["b"])
+
+
+def test_a_classifier_that_reads_its_first_token_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=4, num_labels=1, **sizes))
+    with pytest.raises(
+        ValueError, match=r"one label, and of a decoder, .*not BERT\); got BertForSequenceClassification"
+    ):
+        RewardModel(model, textrl.symbol_tokenizer("abc"))

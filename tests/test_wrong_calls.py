@@ -90,7 +90,7 @@ def test_what_a_part_of_a_weighted_sum_returns():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": None}, "model must be a sequence classifier with one label; got None"),
+        ({"model": None}, "model must be a sequence classifier with one label, and of a decoder"),
         ({"model": torch.nn.Linear(2, 2)}, "model must be a sequence classifier"),
         ({"tokenizer": None}, "tokenizer must be a tokenizer with an end-of-sequence token"),
         ({"max_length": 0}, "max_length must be a whole number of at least 3; got 0"),

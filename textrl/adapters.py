@@ -147,6 +147,7 @@ def _check_kind(config: PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     changes = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
     for name, fine, right in (
+        ("task_type", config.task_type in (None, "CAUSAL_LM"), '"CAUSAL_LM"'),
         ("init_lora_weights", not changes, "one that leaves the base weights as they are (True)"),
         ("bias", getattr(config, "bias", "none") == "none", '"none"'),
         ("layer_replication", getattr(config, "layer_replication", None) is None, "None"),
@@ -184,15 +185,18 @@ def new_scalar(config: PreTrainedConfig) -> PreTrainedModel:
     """A scalar model of an architecture, with random weights.
 
     Raises:
-        ValueError: for an architecture of which transformers has none.
+        ValueError: for an architecture of which transformers has none, or one that does not read from left to right.
     """
     try:
-        return AutoModelForSequenceClassification.from_config(config)
+        scalar = AutoModelForSequenceClassification.from_config(config)
+        if hasattr(scalar, "score"):
+            return scalar
     except ValueError:
         pass
     raise ValueError(
-        f"model must be of an architecture that AutoModelForSequenceClassification knows, for a critic or reward model"
-        f' with a trunk of its own; got {config.model_type!r} (PPO\'s critic="shared" needs none)'
+        f"model must be of an architecture whose AutoModelForSequenceClassification has a score for every token, for a"
+        f" critic or reward model with a trunk of its own; got {config.model_type!r} (PPO's"
+        ' critic="shared" needs none)'
     )
 
 

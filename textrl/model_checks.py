@@ -77,7 +77,12 @@ def temperature(patient: Patient) -> str:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     right = logits.log_softmax(-1).gather(-1, patient.rollout.places()[2][:, None])[:, 0]
     error = patient.apart(right - patient.rollout.logprobs[patient.rollout.action_mask])
-    if used != asked or not error < patient.near:
+    if used == asked and not error < patient.near:
+        raise Fault(
+            f"sampling and the model's own forward differ in log-probabilities by {error:.2g}, at one temperature",
+            "a model that says the same of a text token by token and as a whole",
+        )
+    if used != asked:
         raise Fault(
             f"tokens are drawn at temperature {used:g} and scored by the environment at {asked:g}: log-probabilities"
             f" differ by {error:.2g}",

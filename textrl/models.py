@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from .config import check
 from .flat import flat_of
 from .folders import verify_if_ours
 from .hub import check_source
+from .probing import longest_text as longest_text
+from .probing import looks_ahead
 from .scores import reason, shorten
 from .symbols import load_tokenizer
 from .tabular import PrefixTable, register_tabular
@@ -186,12 +187,6 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, called: str) -> PreTr
     return model
 
 
-def longest_text(model: PreTrainedModel) -> int:
-    """How many tokens a model reads at most; a huge number where it does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
-
-
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Refuses a text that a model cannot read.
 
@@ -206,21 +201,30 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, called: str = "model") -> None:
-    """Refuses a model that gives no next-token logits, and a tokenizer whose tokens it does not all know.
+    """Refuses a model that is no causal language model, and a tokenizer whose tokens it does not all know.
 
     Raises:
-        ValueError: with what it gives, or both sizes.
+        ValueError: with what it does, or both sizes.
     """
     check_vocabulary_size(model, tokenizer)
-    other = torch.tensor([[int(model.config.pad_token_id == 0)]], device=model.device)  # padding alone draws a warning
-    with torch.no_grad():
-        logits = getattr(model(input_ids=other), "logits", None)
-    if logits is None or logits.ndim != 3:
-        given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)} for one token"
+    if wrong := _not_causal(model):
         raise ValueError(
             f"{called} must be a causal language model, such as AutoModelForCausalLM loads;"
-            f" {type(model).__name__} gives {given}"
+            f" {type(model).__name__} {wrong}"
         )
+
+
+def _not_causal(model: PreTrainedModel) -> str:
+    """What a model does that a causal language model does not; "" where it is one."""
+    other = torch.tensor([[int(model.config.pad_token_id == 0)]], device=model.device)  # padding alone draws a warning
+    try:
+        with torch.no_grad():
+            logits = getattr(model(input_ids=other), "logits", None)
+    except (TypeError, ValueError) as error:  # of one that wants more than tokens
+        return f"gives no logits for one token ({reason(error)})"
+    if logits is None or logits.ndim != 3:
+        return f"gives {'no logits' if logits is None else f'logits of shape {tuple(logits.shape)}'} for one token"
+    return "reads both ways: what it says at a token changes with those after it" if looks_ahead(model) else ""
 
 
 def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -11,8 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from .models import longest_text
 
 T = TypeVar("T")
 
@@ -48,6 +47,12 @@ def attempt(trial: Callable[[], bool]) -> bool:
         raise
     except Exception:
         return False
+
+
+def longest_text(model: PreTrainedModel) -> int:
+    """How many tokens a model reads at most; a huge number where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
 
 
 def some_tokens(model: PreTrainedModel, rows: int, columns: int) -> Tensor:
@@ -87,3 +92,12 @@ def _takes_use_cache(model: PreTrainedModel) -> bool:
 def unremembered(model: PreTrainedModel) -> dict[str, Any]:
     """What a forward is to be called with, so that it fills no cache of keys and values that nobody asked for."""
     return {"use_cache": False} if _takes_use_cache(model) else {}
+
+
+@once
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what a model says of a token changes with those after it, as in a BERT that is no decoder."""
+    tokens = some_tokens(model, 1, 4).repeat(3, 1)
+    tokens[2, -1] = (tokens[2, -1] + 1) % model.config.get_text_config().vocab_size
+    first, again, other = model(input_ids=tokens, **unremembered(model)).logits[:, :-1]
+    return agree(first, again, 1e-2) and not agree(first, other, 1e-2)  # one that never says the same is another fault

@@ -40,7 +40,8 @@ class RewardModel:
     begin token (where the tokenizer has one) and the end token.
 
     Args:
-        model: an `AutoModelForSequenceClassification` with one label.
+        model: a decoder's `AutoModelForSequenceClassification` with one label (GPT-2, Llama), whose `score` reads the
+            last token. One that reads the first, as BERT's does, is for a reward function of one's own.
         tokenizer: its own tokenizer.
         max_length: longer texts lose their beginning; at most what the model reads.
         tokens_at_once: bound on the tokens (padding too) of one forward.
@@ -63,7 +64,8 @@ class RewardModel:
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "score") or labels != 1:
             found = f"{type(model).__name__} with {labels}" if labels else shorten(model)
-            raise ValueError(f"model must be a sequence classifier with one label; got {found}")
+            right = "a sequence classifier with one label, and of a decoder, whose score reads the last token"
+            raise ValueError(f"model must be {right} (GPT-2, Llama; not BERT); got {found}")
         check(
             "model", "a model with an adapter", not has_adapter(model), "a whole one, as from_language_model makes it"
         )
@@ -89,7 +91,7 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> Self:
-        """A reward model as `save` left it, or any sequence classifier with one label.
+        """A reward model as `save` left it, or a decoder's sequence classifier with one label.
 
         Raises:
             ValueError: for a folder that holds none, or one that is damaged.
