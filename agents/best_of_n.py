@@ -94,7 +94,7 @@ class BestOfN(Agent):
 
     def generate(
         self,
-        prompts: list[str],
+        prompts: Sequence[str],
         max_new_tokens: int | None = None,
         *,
         temperature: float | None = None,
@@ -108,7 +108,8 @@ class BestOfN(Agent):
 
         A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
         """
-        check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
+        listed = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+        check("prompts", prompts, listed, "a list of at least one text")
         if temperature is None:
             temperature = self.base.temperature
         sampling = Sampling(temperature, top_k, top_p, min_new_tokens, deterministic)

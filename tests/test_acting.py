@@ -190,3 +190,34 @@ def test_nlpo_draws_inside_its_mask_whatever_the_prompt_and_the_length():
         assert 0 < mask.sum() < task.vocab_size
         said = agent.generate([prompt] * 100, max_new_tokens=steps)
         assert {task.tokenizer.convert_tokens_to_ids(t[0]) if t else 0 for t in said} <= set(np.flatnonzero(mask))
+
+
+def test_what_generate_is_given():
+    agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")
+    settings = {"deterministic": True}
+    assert agent.generate(("a",), np.int64(3), **settings) == agent.generate(["a"], 3, **settings)
+    for wrong, message in (
+        ({"prompts": ["\ud800"]}, "prompts must be text; got half of a surrogate pair"),
+        ({"prompts": ["a"], "max_new_tokens": 2.0}, "max_new_tokens must be a whole number of at least 1; got 2.0"),
+        ({"prompts": ["a"], "min_new_tokens": 5}, "min_new_tokens must be at most max_new_tokens, 4; got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            agent.generate(**wrong)
+    with pytest.raises(ValueError, match=r"rows must be at least one row of the task; got \[\]"):
+        agent.respond([])
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (np.zeros((0, 7), dtype=np.int64), r"or \(N, 7\), N from 1; got shape \(0, 7\)"),
+        ([0, 1, 4, 2, 4, 4, 4], "from the left, and 4 where nothing"),
+        ([0, 1, 2, 0, 2, 4, 4], "in which nothing is written after the end token"),
+    ],
+)
+def test_predict_refuses_what_no_environment_shows(observation, message):
+    agent = textrl.Agent(textrl.TextEnv(Halves()), loud_for(2), device="cpu")
+    with pytest.raises(ValueError, match=f"observation must be .*{message}"):
+        agent.predict(np.array(observation))
+    for shown in ([0, 1, 2, 0, 4, 4, 4], [0, 1, 2, 1, 1, 1, 1]):  # the last of an episode
+        agent.predict(np.array(shown))

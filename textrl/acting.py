@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .arguments import check_observations
+from .arguments import check_count, check_observations
 from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
 from .config import check
 from .drawing import Sampling
+from .files import check_text
 from .formats import Row
 from .generation import NotFinite, generate, stop_at
 from .models import load_model, longest_text
@@ -80,6 +81,7 @@ def evaluated_policy(
 
 def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
     """One whole response to each row of the task, scored."""
+    check("rows", rows, len(rows) > 0, "at least one row of the task")
     return sample_episodes(
         agent.base,
         agent.policy,
@@ -122,7 +124,7 @@ def on_observation(
 
 def on_prompts(
     agent: Agent,
-    prompts: list[str],
+    prompts: Sequence[str],
     max_new_tokens: int | None,
     sampling: Sampling,
     stop_strings: Sequence[str] = (),
@@ -133,17 +135,20 @@ def on_prompts(
 
 def responses_to(
     agent: Agent,
-    prompts: list[str],
+    prompts: Sequence[str],
     max_new_tokens: int | None,
     sampling: Sampling,
     stop_strings: Sequence[str] = (),
 ) -> tuple[list[Row], list[list[int]]]:
     """The task's row of each prompt, and the token ids of one response to each."""
-    check("prompts", prompts, isinstance(prompts, list) and len(prompts) > 0, "a list of at least one text")
+    check("prompts", prompts, isinstance(prompts, (list, tuple)) and len(prompts) > 0, "a list of at least one text")
     check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
+    for prompt in prompts:
+        check_text("prompts", prompt)
     task = agent.task
-    steps = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    check("max_new_tokens", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1")
+    steps = check_count("max_new_tokens", task.max_new_tokens if max_new_tokens is None else max_new_tokens)
+    least = sampling.min_new_tokens
+    check("min_new_tokens", least, least <= steps, f"at most max_new_tokens, {steps}")
     rows = [task.row_of(prompt) for prompt in prompts]
     encoded = [task.encode(row, any_length=True) for row in rows]
     lengths, limit = [len(ids) for ids in encoded], longest_text(agent.model)

@@ -328,7 +328,7 @@ class Agent:
 
     def generate(
         self,
-        prompts: list[str],
+        prompts: Sequence[str],
         max_new_tokens: int | None = None,
         *,
         temperature: float | None = None,

@@ -157,22 +157,28 @@ def check_observations(observations: Any, task: Task) -> NDArray[np.int64]:
     """Observations of a task as (N, L) int64, from (N, L) or (L,).
 
     Raises:
-        ValueError: for another shape, what is no token id, or a row in which nothing is written.
+        ValueError: for another shape, what is no token id, or a row in which nothing is written, or something after a
+            gap, or after the end token of a response.
     """
     width, vocab_size = task.max_prompt_tokens + task.max_new_tokens, task.vocab_size
     array = np.asarray(observations)
-    fits = array.ndim in (1, 2) and array.shape[-1] == width and array.dtype.kind in "iu"
+    fits = array.ndim in (1, 2) and array.shape[-1] == width and array.dtype.kind in "iu" and len(array) > 0
     if not fits:
         raise ValueError(
-            f"observation must be integer token ids of shape ({width},) or (N, {width}); got shape {array.shape},"
-            f" dtype {array.dtype}"
+            f"observation must be integer token ids of shape ({width},) or (N, {width}), N from 1;"
+            f" got shape {array.shape}, dtype {array.dtype}"
         )
     ids = np.atleast_2d(array).astype(np.int64)
-    if ids.size and (ids.min() < 0 or ids.max() > vocab_size or (ids[:, 0] == vocab_size).any()):
+    written = ids != vocab_size
+    gaps = not written[:, 0].all() or (written[:, 1:] > written[:, :-1]).any()
+    if ids.min() < 0 or ids.max() > vocab_size or gaps:
         raise ValueError(
             f"observation must be token ids from 0 to {vocab_size - 1}, from the left, and {vocab_size} where nothing"
             f" is written; got {shorten(array.tolist())}"
         )
+    after = task.max_prompt_tokens  # before it, an end token may be the prompt's
+    on = written[:, after + 1 :] & (ids[:, after:-1] == task.eos_token_id)
+    check("observation", array.tolist(), not on.any(), "texts in which nothing is written after the end token")
     return ids
 
 
