@@ -183,6 +183,10 @@ BAD = [
     (lambda: PPO(gym.make(ID), epochs=2.5), r"epochs must be a whole number; got 2.5"),
     (lambda: PPO(gym.make(ID), learning_rate=float("nan")), r"learning_rate must be .*finite.*; got nan"),
     (lambda: PPO(gym.make("CartPole-v1")), "env must be a textrl environment"),
+    (
+        lambda: PPO(gym.make_vec(ID, 1, vectorization_mode="async")),
+        "env must be one whose parts are in this process: a SyncVectorEnv, .*; got AsyncVectorEnv",
+    ),
     (lambda: PPO(gym.make(ID), "/no/such/folder"), r"model must be a folder that exists.*got '/no/such/folder'"),
     (lambda: PPO(gym.make(ID), small_model(3, 16)), r"tokenizer has 4 tokens but the model's vocabulary only 3"),
     (lambda: PPO(gym.make(ID), small_model(4, 5)), r"model reads at most 5 tokens, but .* need 8"),

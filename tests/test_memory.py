@@ -144,6 +144,12 @@ def test_a_ragged_batchs_loss_is_the_mean_over_its_tokens_however_it_is_cut(toke
     assert weight.grad.item() == pytest.approx(5)
 
 
+def test_a_loss_may_report_plain_numbers():
+    agent = agent_of()
+    out = agent.minimise(lambda batch: (-agent.logprobs(batch).mean(), {"a": 0.25, "b": 2}), agent.collect())
+    assert out["a"] == pytest.approx(0.25) and out["b"] == pytest.approx(2)
+
+
 def test_an_error_without_words_is_told_by_its_name():
     agent = agent_of()
     failing(agent, MemoryError(), lambda tokens: True)

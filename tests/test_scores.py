@@ -367,3 +367,12 @@ def test_the_best_of_n_names_a_prompt_all_of_whose_scores_failed():
     assert len(agent.generate(["aaa", "ccc"])) == 2
     with pytest.raises(ScoreError, match=r"score failed for all 3 responses to prompt 'bbb', the first: score .* nan"):
         agent.generate(["aaa", "bbb"])
+
+
+@pytest.mark.parametrize("column", [torch.ones(2, 1), np.ones((2, 1)), [[1.0], [1.0]]], ids=lambda x: type(x).__name__)
+def test_a_column_of_scores_is_told_to_be_squeezed(column):
+    task = text_env(lambda completions: column).unwrapped.task
+    with pytest.raises(
+        ScoreError, match=r"each of the 3 tokens .*flat list \(squeeze\(-1\).*; got \[1.0\] for prompt 'a'"
+    ):
+        task.evaluate([{"prompt": "a"}] * 2, [[1, 2, 0], [1, 0]])

@@ -490,6 +490,11 @@ def test_a_wrapper_that_changes_actions_is_refused():
     env = gym.wrappers.TransformAction(textrl.TextEnv(Copy()), lambda a: (a + 1) % 4, None)
     with pytest.raises(ValueError, match=r"env must take the tokens that it is given, .* took . in place of ."):
         REINFORCE(env, batch_size=8, device="cpu").collect()
+    env = gym.wrappers.TransformObservation(textrl.TextEnv(Copy()), lambda o: o[::-1].copy(), None)
+    with pytest.raises(
+        ValueError, match=r"to be known, and show them as they are; <TransformObservation.* in place of"
+    ):
+        REINFORCE(env, batch_size=8, device="cpu").collect()
 
 
 def test_an_agent_leaves_its_policy_with_nobody():

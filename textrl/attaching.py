@@ -31,6 +31,9 @@ def base_env(env: Any) -> TextEnv | TextVectorEnv:
         ValueError: where there is none.
     """
     base = getattr(env, "unwrapped", env)
+    if isinstance(base, gym.vector.AsyncVectorEnv):
+        right = "one whose parts are in this process: a SyncVectorEnv, or gym.make_vec's own TextVectorEnv"
+        raise ValueError(f"env must be {right}; got {base!r}")
     if isinstance(base, gym.vector.SyncVectorEnv):
         base = base.envs[0].unwrapped
     if not isinstance(base, (TextEnv, TextVectorEnv)):

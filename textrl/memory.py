@@ -14,8 +14,8 @@ from .batch import Rollout, microbatches
 from .config import AgentConfig
 from .scores import reason
 
-Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
-"""A batch -> the mean loss () and numbers to report, each () and a mean of the same kind."""
+Loss = Callable[[Rollout], tuple[Tensor, Mapping[str, Tensor | float]]]
+"""A batch -> the mean loss () and numbers to report, each a number or () and a mean of the same kind."""
 
 
 class OutOfMemory(ValueError):
@@ -43,7 +43,7 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
     """
     size = batch.group_size if by_group else 1
     total = len(batch) if by_group else max(1, batch.num_tokens)
-    reports: list[tuple[float, dict[str, Tensor]]] = []
+    reports: list[tuple[float, dict[str, Tensor | float]]] = []
     if batch.tokens.numel() <= tokens_at_once:
         pieces = iter([replace(batch, group_size=size)])
     else:
@@ -52,7 +52,8 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         share = (len(piece) if by_group else piece.num_tokens) / total
         value, numbers = loss(piece)
         torch.autograd.backward(value * share)
-        reports.append((share, {key: number.detach() for key, number in {"loss": value, **numbers}.items()}))
+        said = {"loss": value, **numbers}.items()
+        reports.append((share, {key: n.detach() if isinstance(n, Tensor) else n for key, n in said}))
     out: dict[str, float] = {}
     for share, report in reports:  # only now: to read a number is to wait for a GPU
         for key, number in report.items():

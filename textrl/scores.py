@@ -83,8 +83,10 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
     tokens = []
     for i, values in enumerate(given):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != len(completion_ids[i]):
+            column = isinstance(values, (list, tuple, np.ndarray)) and len(values) == 1
+            flat = ", or one number a completion in a flat list (squeeze(-1) makes one of a column)" if column else ""
             raise ScoreError(
-                f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion;"
+                f"score must give a number for each of the {len(completion_ids[i])} tokens of a completion{flat};"
                 f" got {shorten(values)} for {about(prompts[i], completions[i])}"
             )
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))

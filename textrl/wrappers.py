@@ -133,12 +133,15 @@ def _check_unpaid(env: AnyEnv) -> None:
 def check_taken(env: Any, taken: Any, given: Any) -> None:
     """Refuses an environment some wrapper of which changes actions: nobody knows what the others cost.
 
+    One that changes observations looks the same: a text then does not end with the token that was given.
+
     Raises:
         ValueError: with both.
     """
     if not np.array_equal(taken, given):
         took = f"{env} took {np.asarray(taken).tolist()} in place of {np.asarray(given).tolist()}"
-        raise ValueError(f"env must take the tokens that it is given, for their log-probabilities to be known; {took}")
+        why = "for their log-probabilities to be known"
+        raise ValueError(f"env must take the tokens that it is given, {why}, and show them as they are; {took}")
 
 
 def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) -> Policy | None:
