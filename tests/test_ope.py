@@ -15,7 +15,7 @@ from textrl.envs.copy import Copy
 from textrl.episodes import read_episodes
 from textrl.exact import evaluate_exact
 from textrl.models import small_model
-from textrl.ope import _q_and_v, estimators, ope, token_means, weight_shares
+from textrl.ope import _q_and_v, estimators, ope, score_by_token, token_means, weight_shares
 from textrl.policy import CausalPolicy
 from textrl.rollout import Rollout, collect_sampled
 from textrl.symbols import symbol_tokenizer
@@ -295,3 +295,29 @@ def test_the_logged_return_is_that_of_the_policy_that_was_logged():
     found = ope(rollout, other, env, penalised=True)
     assert math.isfinite(found.logged)
     assert found.logged == pytest.approx(float(rollout.rewards.sum(1).mean()), abs=1e-4)
+
+
+class ByToken(Count):
+    def score(self, prompts, completions, completion_ids, **columns):
+        return [[float(i == 1) - 0.25 * t for t, i in enumerate(ids)] for ids in completion_ids]
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_scores_of_tokens_are_weighed_as_they_were_paid(kl_coef, tmp_path):
+    logged, other, reference = (louder(small_model(4, 8, seed), 5.0) for seed in (1, 2, 3))
+    env = textrl.TextEnv(ByToken(), reference=reference, kl_coef=kl_coef)
+    rollout = sample(env, logged, 50, 0)
+    steps = zip(rollout.responses.tolist(), rollout.response_lengths.tolist(), strict=True)
+    right = [[float(i == 1) - 0.25 * t if t < n else 0.0 for t, i in enumerate(ids)] for ids, n in steps]
+    torch.testing.assert_close(score_by_token(rollout, kl_coef).float(), torch.tensor(right))
+    found = ope(rollout, other, env).estimates
+    assert found["pdis"].value != pytest.approx(found["is"].value, abs=1e-3)
+    textrl.collect(env, logged, 50, tmp_path / "logged")
+    stored = read_episodes(tmp_path / "logged", env.task)
+    assert (score_by_token(stored, kl_coef)[:, 0] != 0).any()
+    for unknown in (float("nan"), 1.0):  # not told, or paid otherwise
+        rollout.rewards[3, 0] = unknown
+        last = rollout.response_lengths[:, None] - 1
+        lumped = score_by_token(rollout, kl_coef)
+        torch.testing.assert_close(lumped.gather(1, last)[:, 0].float(), rollout.scores)
+        assert lumped.count_nonzero() <= len(rollout)

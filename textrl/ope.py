@@ -1,7 +1,7 @@
 """Off-policy evaluation: what another policy would score, from a logged batch alone, and whether the batch can tell.
 
 With mu the policy that was logged, pi the one to evaluate, w_t = prod_{k <= t} pi(a_k | s_k) / mu(a_k | s_k), w = w_T,
-and G the return:
+r_t the score of a token where the batch holds such (else the whole of it is the last one's), and G the return:
 
     is      mean_i w_i G_i                                                     (importance sampling; Precup 2000)
     wis     sum_i w_i G_i / sum_i w_i                                          (weighted: biased, consistent, calmer)
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .acting import evaluated_policy
 from .agent import Agent
-from .attaching import base_env
+from .attaching import base_env, penalty_weight
 from .batch import batched_logprobs, microbatches
 from .config import check
 from .episodes import as_episodes, check_whole
@@ -135,8 +135,7 @@ def ope(
         check("dataset", f"episodes without {name}", known, f"episodes with {name}")
     mask = logged.action_mask
     new = batched_logprobs(policy, logged, TOKENS_AT_ONCE, masked=True).double()
-    rewards = torch.zeros_like(new)
-    rewards.scatter_(1, logged.response_lengths[:, None] - 1, logged.scores.double()[:, None])
+    rewards = score_by_token(logged, penalty_weight(env))
     old_rewards = rewards.clone()
     if penalised:
         check("penalised", penalised, base.reference is not None, "False without a reference")
@@ -164,6 +163,22 @@ def ope(
         len(logged),
         float(old_rewards.sum(1).mean()),
     )
+
+
+def score_by_token(logged: Rollout, kl_coef: float) -> Tensor:
+    """The score as it was paid, (B, T) float64: each token's own where the rewards tell it, else all at the last.
+
+    They do where they add up to the score in every episode, once the KL penalty of this weight is taken off: those of
+    rows from a file are not known, and those of another penalty or a wrapper are others.
+    """
+    mask, scores, paid = logged.action_mask, logged.scores.double(), logged.rewards.double()
+    if logged.ref_logprobs is not None:
+        paid = paid + kl_coef * (logged.logprobs.double() - logged.ref_logprobs.double())
+    paid = torch.where(mask, paid, 0.0)
+    rest = scores - paid.sum(1)  # rounding
+    if not bool((rest.abs() < 1e-4 * (1 + scores.abs())).all()):
+        paid, rest = torch.zeros_like(paid), scores
+    return paid.scatter_add(1, logged.response_lengths[:, None] - 1, rest[:, None])
 
 
 def weight_shares(log_weights: Tensor) -> Tensor:
