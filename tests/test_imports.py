@@ -73,3 +73,8 @@ def test_the_folders_refuse_their_bare_names(name):
 def test_gym_make_imports_textrl_by_itself():
     result = run("import gymnasium as gym; print(gym.make('textrl:textrl/Copy-v0').reset(seed=0)[0].shape)")
     assert result.stdout.strip() == "(8,)", result.stderr
+
+
+def test_the_package_is_its_command_line():
+    result = subprocess.run([sys.executable, "-m", "textrl", "agents", "ppo"], capture_output=True, text=True)
+    assert result.stdout.startswith("PPO") and result.returncode == 0, result.stderr
