@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .arguments import check_count, check_observations
 from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
+from .cells import check_text
 from .config import check
 from .drawing import Sampling
-from .files import check_text
 from .formats import Row
 from .generation import NotFinite, generate, stop_at
 from .models import load_model, longest_text
