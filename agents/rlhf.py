@@ -29,8 +29,9 @@ from textrl.adapters import new_scalar
 from textrl.config import check
 from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
-from textrl.models import cast, load_model, longest_text, pick_device, pick_dtype
+from textrl.models import cast, load_model, pick_device, pick_dtype
 from textrl.policy import CausalPolicy
+from textrl.probing import longest_text
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.render import escape
 from textrl.reward_training import RewardModelConfig, train_reward_model

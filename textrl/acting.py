@@ -18,8 +18,9 @@ from .config import check
 from .drawing import Sampling
 from .formats import Row
 from .generation import NotFinite, generate, stop_at
-from .models import load_model, longest_text
+from .models import load_model
 from .policy import CausalPolicy
+from .probing import longest_text
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
 from .stepping import collect_groups, collect_stepped
 from .stepwise import StepwiseLM

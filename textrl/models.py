@@ -23,8 +23,7 @@ from .config import check
 from .flat import flat_of
 from .folders import verify_if_ours
 from .hub import check_source
-from .probing import longest_text as longest_text
-from .probing import looks_ahead
+from .probing import longest_text, looks_ahead
 from .scores import reason, shorten
 from .symbols import load_tokenizer
 from .tabular import PrefixTable, register_tabular

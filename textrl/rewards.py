@@ -18,8 +18,9 @@ from .adapters import has_adapter
 from .config import check, is_count
 from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
-from .models import check_vocabulary_size, longest_text, without_dropout
+from .models import check_vocabulary_size, without_dropout
 from .policy import alike, values_at
+from .probing import longest_text
 from .reward_training import TEXTS, pairs_of
 from .reward_training import train_reward_model as train_reward_model
 from .scalars import load_scalar, value_model

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .models import check_length, load_model, longest_text
+from .models import check_length, load_model
 from .policy import CausalPolicy
+from .probing import longest_text
 from .slots import FlatSlots, Slots, slots_for
 
 if TYPE_CHECKING:

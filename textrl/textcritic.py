@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import check
 from .critic import Critic
-from .models import longest_text
 from .policy import CausalPolicy, values_at
+from .probing import longest_text
 from .rewards import RewardModel
 from .rollout import Rollout
 from .stepwise import check_positions
