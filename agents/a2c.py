@@ -26,6 +26,8 @@ from .reinforce import policy_gradient_loss
 class A2CConfig(AgentConfig):
     """Settings of A2C."""
 
+    warmup: float = 0.1  # the first steps of Adam are large, and only noise tells them where to
+    adam_beta2: float = 0.95  # few steps: at 0.999 the gradients at the end are measured by the small ones before
     row_clocks: bool = False  # one step a batch: by the far first steps of seldom used rows these come along
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # weight of the entropy bonus

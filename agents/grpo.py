@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from textrl.agent import Agent
-from textrl.attaching import paid_scores, penalty_weight
+from textrl.attaching import penalty_weight
 from textrl.config import AgentConfig, check
 from textrl.kl import k3
 from textrl.memory import mean_of
@@ -90,9 +90,10 @@ class GRPO(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """A few clipped steps on one batch."""
         config, mask, kl_coef = self.config, rollout.action_mask, penalty_weight(self.env)
-        scores = paid_scores(rollout, self.env)  # (B,)
+        scores = rollout.rewards.sum(1)  # (B,)
         if rollout.ref_logprobs is not None:
             log_ratio = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)  # (B,)
+            scores = scores + kl_coef * log_ratio
             usual = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others, (B, 1)
             rollout = replace(rollout, values=usual)
         spread = scores.std(unbiased=False) + 1e-4 if config.scale == "batch" else scores.new_ones(())

@@ -38,7 +38,9 @@ BASELINES = ("none", "mean", "prompt_mean", "leave_one_out", "value")
 class REINFORCEConfig(AgentConfig):
     """Settings of REINFORCE."""
 
+    warmup: float = 0.1  # the first steps of Adam are large, and only noise tells them where to
     cooldown: float = 0.5  # full steps for longer: there is one a batch
+    adam_beta2: float = 0.95  # few steps: at 0.999 the gradients at the end are measured by the small ones before
     row_clocks: bool = False  # one step a batch: by the far first steps of seldom used rows these come along
     baseline: str = "prompt_mean"  # "none", "mean" (running), "prompt_mean", "leave_one_out", "value" (learned)
     reward_to_go: bool = False  # G counts from token t on; always so with "value"

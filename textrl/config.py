@@ -26,6 +26,7 @@ class AgentConfig:
     """What every agent takes."""
 
     learning_rate: float | None = None  # step size of AdamW; None: 1e-5 for a given model, 1e-3 for the small default
+    warmup: float = 0.0  # the learning rate rises linearly from zero over this first share of `learn`; 0: not
     cooldown: float = 1.0  # the learning rate falls linearly to zero over this last share of `learn`; 0: constant
     batch_size: int = 64  # episodes an update; rounded up to whole groups where a prompt has several
     score_start: float | None = None  # under a KL penalty: the score's weight at first; None: by its spread
@@ -59,7 +60,8 @@ class AgentConfig:
         check("score_start", start, start is None or 0 < start <= 1, "above 0 and at most 1, or None")
         rate = self.learning_rate
         check("learning_rate", rate, rate is None or (math.isfinite(rate) and rate >= 0), "a finite number from 0 up")
-        check("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "from 0 to 1")
+        for name in ("warmup", "cooldown"):
+            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
         errors = ("raise", "drop")
         check("on_score_error", self.on_score_error, self.on_score_error in errors, f"one of {list(errors)}")
         check("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "from 0 to 1")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .asking import AllDropped
-from .config import as_path, check, check_type
+from .config import AgentConfig, as_path, check, check_type
 from .failures import ask_as_configured, note_skips, stop_if_broken, stop_if_dropping, stop_if_stuck
 from .generation import NotFinite
 from .logging import RunLog
@@ -157,8 +157,6 @@ def _numbers(agent: Agent, found: Any) -> dict[str, float]:
 def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[str, float], list[str], int]:
     """One batch collected and learned from: its numbers, what was wrong with dropped episodes, all episodes."""
     agent.progress_remaining = (goal - agent.num_timesteps) / total
-    cooldown = agent.config.cooldown
-    agent.anneal(min(1.0, agent.progress_remaining / cooldown) if cooldown > 0 else 1.0)
     agent.score_weight, agent.rising = 1.0, goal == total  # in the first call
     began = time.perf_counter()
     skipped = agent.optimizer.skipped
@@ -166,6 +164,8 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
         rollout, dropped, metrics = _collect(agent)
         collected = time.perf_counter()
         if rollout is not None:
+            left = (goal - agent.num_timesteps - rollout.num_tokens) / total
+            agent.anneal(_share_of_rate(agent.config, agent.progress_remaining, left))
             metrics = {**rollout.metrics(), **_numbers(agent, agent.update(rollout))}
     agent.stepper.forget()
     forget_caches(agent.env)
@@ -183,6 +183,13 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
     metrics["time/tokens_per_second"] = tokens / (now - began)
     metrics["time/collect_seconds"], metrics["time/update_seconds"] = collected - began, now - collected
     return metrics, dropped, asked
+
+
+def _share_of_rate(config: AgentConfig, left: float, left_after: float) -> float:
+    """The share of the learning rate in an iteration, by what is left of `learn` before and after it."""
+    rise = (1 - left_after) / config.warmup if config.warmup > 0 else 1.0
+    fall = left / config.cooldown if config.cooldown > 0 else 1.0
+    return min(1.0, rise, fall)
 
 
 def _collect(agent: Agent) -> tuple[Rollout | None, list[str], dict[str, float]]:
