@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .scores import shorten
+from .scores import reason, shorten
 
 Row = dict[str, Any]
 """A row of a file; of a task one prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
@@ -258,8 +258,7 @@ def parquet_rows(path: Path, numbers: Sequence[str] = ()) -> Found:
         table = parquet.read_table(path)
         names = table.column_names
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Broken(f": is not a whole Parquet file: {reason}") from None
+        raise Broken(f": is not a whole Parquet file: {reason(error)}") from None
     if len(set(names)) < len(names):
         raise Broken(f": must have a different name for each column; got {names}")
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .cells import check_kinds, check_text, did_you_mean, text_of, value_of
 from .files import InputError, Rows, found_at, is_file_name, listed_rows, read_rows, warn
 from .formats import FILE_OF_ROWS
-from .scores import shorten
+from .scores import reason, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,8 +86,8 @@ def read_preferences(
     try:
         return Dataset.from_dict(_by_column(pairs))
     except (TypeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{pairs.source} must have columns that each hold values of one type ({reason})") from None
+        said = " ".join(str(error).split())
+        raise InputError(f"{pairs.source} must have columns that each hold values of one type ({said})") from None
 
 
 def _by_column(rows: Rows) -> dict[str, list[Any]]:
@@ -159,8 +159,7 @@ def _from_hub(name: str, split: str, called: str) -> Dataset:
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # whatever the loader and the network may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{called} {_SOURCES}; got {found_at(name)} ({reason})") from None
+        raise InputError(f"{called} {_SOURCES}; got {found_at(name)} ({reason(error)})") from None
 
 
 def _answers(source: str, names: set[str]) -> tuple[str, str, str | None]:
