@@ -141,7 +141,8 @@ class Agent:
             max_grad_norm=self.config.max_grad_norm,
             weight_decay=self.config.weight_decay,
             beta2=self.config.adam_beta2,
-            tables=tables(*self.modules.values()) if self.config.row_clocks else (),
+            tables=tables(*self.modules.values()),
+            row_clocks=self.config.row_clocks,
         )
 
     # ---- what an agent's author writes -----------------------------------------------------------------------

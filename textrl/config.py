@@ -35,8 +35,8 @@ class AgentConfig:
     dtype: str = "auto"  # of the weights: "float32", "bfloat16", "float16"; "auto": what the hardware does fast
     max_grad_norm: float = 1.0  # the gradient of each model is clipped to this norm; 0: not at all
     weight_decay: float = 0.0  # of AdamW
-    adam_beta2: float = 0.999  # decay of AdamW's mean of squared gradients; not of rows with clocks of their own
-    row_clocks: bool = True  # rows of a tabular model have moments and a clock each, a beta2 of 0.999 (`optim.RowAdam`)
+    adam_beta2: float = 0.999  # decay of AdamW's mean of squared gradients; a tabular model's is 0.999
+    row_clocks: bool = True  # rows of a tabular model have moments and a clock each (`optim.RowAdam`)
     trainable_layers: int | None = None  # only the last so many blocks of the model learn; None: all of it
     max_tokens_per_microbatch: int = 16384  # bounds the memory of a forward and backward pass
     on_score_error: str = "raise"  # when the score of a response fails: "raise", or "drop" the episode and count it

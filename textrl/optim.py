@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROW_BETA2 = 0.999
-"""Decay of a row's mean of squared gradients: the usual one, over the steps that used the row."""
+TABLE_BETA2 = 0.999
+"""Decay of a table's mean of squared gradients: the usual one; of `RowAdam` over the steps that used the row."""
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -63,7 +63,8 @@ class Optimizer:
         eps: 1e-5, as PPO wants it (Huang 2022, detail 3).
         beta2: the decay of the running mean of squared gradients. A weight that seldom has a gradient is moved by
             about learning_rate / sqrt(1 - beta2) each time it has one, however small: 32 learning rates at 0.999.
-        tables: those of the parameters that `RowAdam` moves, with a beta2 of `ROW_BETA2`.
+        tables: those of the parameters whose beta2 is `TABLE_BETA2`: what comes seldom in them is to move them far,
+        row_clocks: or as far as if it came often, and they are moved by `RowAdam`.
 
     Attributes:
         skipped: steps not taken because the gradient was not finite.
@@ -78,6 +79,7 @@ class Optimizer:
         eps: float = 1e-5,
         beta2: float = 0.999,
         tables: Collection[nn.Parameter] = (),
+        row_clocks: bool = True,
     ) -> None:
         self.parameters: list[nn.Parameter] = []
         self.groups: list[slice] = []
@@ -91,15 +93,17 @@ class Optimizer:
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters
         ]
         apart = {id(parameter) for parameter in tables}
-        self.by_row = {i for i, parameter in enumerate(self.parameters) if id(parameter) in apart}
-        by_row = [master for i, master in enumerate(self.masters) if i in self.by_row]
-        plain = [master for i, master in enumerate(self.masters) if i not in self.by_row]
         common: dict[str, Any] = {"lr": learning_rate, "eps": eps, "weight_decay": weight_decay}
         self.adams: list[torch.optim.Optimizer] = []
-        if plain:
-            self.adams.append(torch.optim.AdamW(plain, betas=(0.9, beta2), fused=True, **common))
-        if by_row:
-            self.adams.append(RowAdam(by_row, betas=(0.9, ROW_BETA2), **common))
+        self.moved: list[list[int]] = []  # which masters each of them moves
+        for of_tables in (False, True):
+            moved = [i for i, parameter in enumerate(self.parameters) if (id(parameter) in apart) == of_tables]
+            masters, betas = [self.masters[i] for i in moved], (0.9, TABLE_BETA2 if of_tables else beta2)
+            if of_tables and row_clocks and moved:
+                self.adams.append(RowAdam(masters, betas=betas, **common))
+            elif moved:
+                self.adams.append(torch.optim.AdamW(masters, betas=betas, fused=True, **common))
+            self.moved += [moved] if moved else []
         self.max_grad_norm = max_grad_norm
         self.skipped = 0
         self._written: list[int] = []
@@ -191,9 +195,10 @@ class Optimizer:
         Raises:
             ValueError: for a state of other parameters.
         """
+        by_row = {i for adam, moved in zip(self.adams, self.moved, strict=True) for i in moved if type(adam) is RowAdam}
         fits = len(state["masters"]) == len(self.masters) and all(
             self.masters[i].shape == moments["exp_avg"].shape
-            and moments["step"].numel() == (len(self.masters[i]) if i in self.by_row else 1)
+            and moments["step"].numel() == (len(self.masters[i]) if i in by_row else 1)
             for i, moments in state["adam"].items()
         )
         if not fits:
@@ -201,9 +206,8 @@ class Optimizer:
                 "the state of the optimizer is that of other parameters: keep trainable_layers, row_clocks and the"
                 " version of textrl as they were"
             )
-        for adam in self.adams:
-            where = [i for i in range(len(self.masters)) if (i in self.by_row) == isinstance(adam, RowAdam)]
-            moments = {k: state["adam"][i] for k, i in enumerate(where) if i in state["adam"]}
+        for adam, moved in zip(self.adams, self.moved, strict=True):
+            moments = {k: state["adam"][i] for k, i in enumerate(moved) if i in state["adam"]}
             adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
         with torch.no_grad():
             for parameter, master, copy in zip(self.parameters, self.masters, state["masters"], strict=True):
