@@ -42,6 +42,7 @@ SCALES = ("batch", "group", "none")
 class GRPOConfig(AgentConfig):
     """Settings of GRPO."""
 
+    warmup: float = 0.1  # the first steps of Adam are large, and only noise tells them where to
     adam_beta2: float = 0.95  # many small batches: at 0.999 a weight seldom used is thrown far
     group_size: int = 8  # samples of each prompt
     epochs: int = 2  # passes over each batch

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from textrl.acting import allowed_at
 from textrl.agent import Agent
-from textrl.attaching import paid_scores
+from textrl.attaching import paid_scores, penalty_weight
 from textrl.config import AgentConfig, check
 from textrl.critic import with_advantages
 from textrl.heads import head_of
@@ -190,7 +190,7 @@ class PPO(Agent):
         if config.kl_target is not None and rollout.ref_logprobs is not None:
             kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
             self.base.kl_coef = adapted(self.base.kl_coef, kl, config.kl_target, len(rollout), config.kl_horizon)
-        numbers["kl_coef"] = self.base.kl_coef
+        numbers["kl_coef"] = penalty_weight(self.env)
         return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
 
     def _shaped(self, rollout: Rollout) -> Rollout:

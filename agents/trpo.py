@@ -37,6 +37,7 @@ Product = Callable[[Tensor], Tensor]
 class TRPOConfig(AgentConfig):
     """Settings of TRPO; `learning_rate` is the critic's."""
 
+    cooldown: float = 0.5  # full steps for longer: there is one a batch
     max_kl: float = 0.01  # bound on KL(old || new), the mean over the batch's states, in nats
     cg_iterations: int = 10  # of conjugate gradient
     damping: float = 0.01  # added to F's diagonal

@@ -538,3 +538,21 @@ def test_a_new_run_does_not_begin_where_another_has_its_checkpoints(tmp_path):
     assert (Checkpoints(tmp_path, 2).steps(), (tmp_path / "progress.csv").read_text()) == (steps, progress)
     again.learn(20, log_dir=tmp_path, checkpoint_every=1000)  # the same agent goes on: they are its own
     assert set(Checkpoints(tmp_path, 2).steps()) & set(steps)
+
+
+def test_an_agent_that_knows_another_is_saved_without_it(tmp_path):
+    agent = agents.REINFORCE(sampled(), small_model(4, 16, 1), batch_size=4, device="cpu")
+    agent.other = agent
+    agent.learn(20, log_dir=tmp_path, checkpoint_every=10)
+    assert agents.REINFORCE.load(Checkpoints(tmp_path, 2).path(agent.num_timesteps), sampled()).num_updates > 0
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(tmp_path):
+    agent = agents.REINFORCE(sampled(), small_model(4, 16, 1), batch_size=4, device="cpu")
+    stop = iter([None] * 6 + [False])
+    agent.learn(400, log_dir=tmp_path / "a", checkpoint_every=10, callback=lambda *_: next(stop))
+    agent.call["due"]["best_value"] = 1e9
+    agent.save(tmp_path / "agent")
+    again = agents.REINFORCE.load(tmp_path / "agent", sampled())
+    again.learn(400, log_dir=tmp_path / "b", checkpoint_every=10)
+    assert (tmp_path / "b" / "best").is_dir()

@@ -64,7 +64,8 @@ class Agent:
         num_timesteps: tokens learned from so far.
         num_updates: calls of `update` so far.
         progress_remaining: share of this call of `learn` that is to come, from 1 to 0, for what follows a schedule.
-        schedule: the share of the learning rate in force, from 1 to 0 in the course of `learn`.
+        schedule: the share of the learning rate in force in `update`: it rises in the first `warmup` of `learn` and
+            falls to 0 in the last `cooldown`.
         first_weight: of the score, where `score_start` is None, by the spread of the first scores; None before these.
         score_weight: what the score is multiplied by, from `score_start` to 1 in the first call of `learn`.
     """
@@ -281,7 +282,8 @@ class Agent:
             the agent.
 
         Raises:
-            ValueError: for a setting that is not what it should be, or a `log_dir` with another run's checkpoints.
+            ValueError: for a setting that is not what it should be, or a `log_dir` with checkpoints that a new agent
+                would mix its own with.
             ScoreError: when the score of a response fails, unless `on_score_error` is "drop".
             TrainingError: when loss or gradient are not finite three times in a row, or too many scores fail.
         """

@@ -77,7 +77,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     elif saved is not None and agent.num_updates == 0:
         saved.refuse()
     call = agent.call = _this_call(agent, total)
-    due = None if run.checkpoint_every is None else _due(agent, run.checkpoint_every)
+    due = None if run.checkpoint_every is None else _due(agent, run.checkpoint_every, saved)
     start, goal = call["start"], call["start"] + call["total"]
     log = RunLog(
         folder,
@@ -125,10 +125,13 @@ def _this_call(agent: Agent, total: int | None) -> dict[str, Any]:
     return {"total": total, "start": agent.num_timesteps, "log": None, "due": None}
 
 
-def _due(agent: Agent, every: int) -> Due:
+def _due(agent: Agent, every: int, saved: Checkpoints | None) -> Due:
     """When the checkpoints of this call of `learn` are due: as noted in the one it goes on from."""
     noted = (agent.call or {})["due"] or {"next": agent.num_timesteps + every}
-    return Due(**{**noted, "every": every})
+    due = Due(**{**noted, "every": every})
+    if due.best is not None and saved is not None and not saved.path(due.best).is_dir():
+        due.best, due.best_value = None, -math.inf  # it goes on elsewhere, or that one is gone
+    return due
 
 
 def _is_false(said: Any) -> bool:
@@ -148,7 +151,7 @@ def _numbers(agent: Agent, found: Any) -> dict[str, float]:
     for name, value in found.items():
         single = isinstance(value, (Tensor, np.ndarray, np.generic)) and len(value.reshape(-1)) == 1
         number = value.item() if single else value
-        if not isinstance(name, str) or not isinstance(number, (int, float)):
+        if not isinstance(name, str) or not name or not isinstance(number, (int, float)):
             raise ValueError(f"{what}; got {shorten(value)} for {name!r}")
         numbers[name if "/" in name else f"train/{name}"] = float(number) if isinstance(number, bool) else number
     return numbers

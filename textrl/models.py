@@ -23,7 +23,7 @@ from .config import check
 from .flat import flat_of
 from .folders import verify_if_ours
 from .hub import check_source
-from .probing import longest_text, looks_ahead
+from .probing import longest_text, looks_ahead, unremembered
 from .scores import reason, shorten
 from .symbols import load_tokenizer
 from .tabular import PrefixTable, register_tabular
@@ -215,10 +215,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
 
 def _not_causal(model: PreTrainedModel) -> str:
     """What a model does that a causal language model does not; "" where it is one."""
-    other = torch.tensor([[int(model.config.pad_token_id == 0)]], device=model.device)  # padding alone draws a warning
+    other = torch.tensor(
+        [[int(getattr(model.config, "pad_token_id", None) == 0)]], device=model.device
+    )  # padding alone draws a warning
     try:
         with torch.no_grad():
-            logits = getattr(model(input_ids=other), "logits", None)
+            logits = getattr(model(input_ids=other, **unremembered(model)), "logits", None)
     except (TypeError, ValueError) as error:  # of one that wants more than tokens
         return f"gives no logits for one token ({reason(error)})"
     if logits is None or logits.ndim != 3:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,8 +143,6 @@ class Epochs:
     Args:
         generator: of the orders.
     """
-
-    not_saved: ClassVar = ()
 
     def __init__(self, generator: torch.Generator) -> None:
         self.size, self.generator = 0, generator

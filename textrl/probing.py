@@ -52,7 +52,7 @@ def attempt(trial: Callable[[], bool]) -> bool:
 def longest_text(model: PreTrainedModel) -> int:
     """How many tokens a model reads at most; a huge number where it does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
+    return sys.maxsize if limit is None or limit < 1 else int(limit)
 
 
 def some_tokens(model: PreTrainedModel, rows: int, columns: int) -> Tensor:

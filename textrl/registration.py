@@ -89,7 +89,11 @@ def register_built_in() -> None:
 
 def registered() -> dict[str, str | type[Task]]:
     """All ids registered through `register` in this process, with their tasks."""
-    return {id: spec.kwargs["task"] for id, spec in gym.registry.items() if spec.entry_point == ENTRY_POINT}
+    return {
+        id: spec.kwargs["task"]
+        for id, spec in gym.registry.items()
+        if spec.entry_point == ENTRY_POINT and "task" in spec.kwargs
+    }
 
 
 def task_class(task: type[Task] | str) -> type[Task]:

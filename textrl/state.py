@@ -23,9 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .batch import Rollout
+from .offline import Epochs
+from .outcomes import Outcomes
+from .pairs import AskedOnce, HeldOut
 from .penalty import Penalty
+from .rows import RowStream, RowStreams
 from .task import Task
+from .texts import Texts
 
+PARTS = (AskedOnce, Epochs, HeldOut, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
+"""Objects that are packed attribute by attribute, and restored into those that stand in their place; without those
+that their class calls `not_saved`, which come from the task."""
 Tensors = dict[str, Tensor]
 
 
@@ -72,7 +80,7 @@ def _pack_object(value: Any, tensors: Tensors) -> Any:
     if isinstance(value, Rollout):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"rollout": pack(fields, tensors)}
-    if hasattr(type(value), "not_saved") or isinstance(value, RunningMeanStd):
+    if isinstance(value, PARTS):
         return {"part": pack_attributes(value, tensors, getattr(type(value), "not_saved", ()))}
     if isinstance(value, gym.Space):
         return {"space": pack(value._np_random, tensors)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,6 @@ class Texts:
     Attributes:
         rows: (N,) the rows of the task that are played; None before the first.
     """
-
-    not_saved: ClassVar = ()
 
     def __init__(self, num_envs: int, width: int, fill: int) -> None:
         self._fill = fill
