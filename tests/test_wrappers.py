@@ -475,7 +475,7 @@ def test_agents_go_by_the_penalty_that_a_wrapper_pays():
         env = RecordEpisodeStatistics(textrl.TextEnv(Copy(), **own))
         env = KLPenalty(env, **around) if around else env
         for cls in (GRPO, ReST, REINFORCE):
-            agent = cls(env, tiny(Copy(), 2), batch_size=32, device="cpu")
+            agent = cls(env, tiny(Copy(), 2), batch_size=32, learning_rate=1e-3, device="cpu")
             agent.learn(60)
             updated.setdefault(cls, []).append(agent.model.transformer.wte.weight)
     for cls, (inside, outside) in updated.items():

@@ -215,9 +215,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
 
 def _not_causal(model: PreTrainedModel) -> str:
     """What a model does that a causal language model does not; "" where it is one."""
-    other = torch.tensor(
-        [[int(getattr(model.config, "pad_token_id", None) == 0)]], device=model.device
-    )  # padding alone draws a warning
+    padding = getattr(model.config, "pad_token_id", None)  # alone it draws a warning
+    other = torch.tensor([[int(padding == 0)]], device=model.device)
     try:
         with torch.no_grad():
             logits = getattr(model(input_ids=other, **unremembered(model)), "logits", None)

@@ -63,8 +63,8 @@ class Optimizer:
         eps: 1e-5, as PPO wants it (Huang 2022, detail 3).
         beta2: the decay of the running mean of squared gradients. A weight that seldom has a gradient is moved by
             about learning_rate / sqrt(1 - beta2) each time it has one, however small: 32 learning rates at 0.999.
-        tables: those of the parameters whose beta2 is `TABLE_BETA2`: what comes seldom in them is to move them far,
-        row_clocks: or as far as if it came often, and they are moved by `RowAdam`.
+        tables: those of the parameters that are tables; their beta2 is `TABLE_BETA2`.
+        row_clocks: whether `RowAdam` moves the tables, or AdamW like all else.
 
     Attributes:
         skipped: steps not taken because the gradient was not finite.
