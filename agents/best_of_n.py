@@ -92,27 +92,10 @@ class BestOfN(Agent):
         """Learns nothing; says how far from the model the best of n is at most."""
         return {"train/kl_bound": kl_bound(self.config.n)}
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int | None = None,
-        *,
-        temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_new_tokens: int = 0,
-        stop_strings: Sequence[str] = (),
-        deterministic: bool = False,
+    def _answers(
+        self, prompts: Sequence[str], max_new_tokens: int | None, sampling: Sampling, stop_strings: Sequence[str]
     ) -> list[str]:
-        """The best of n responses to each prompt, drawn as the arguments say (as for every agent).
-
-        A prompt that is one of the task's `prompts()` brings the columns of its row to the score.
-        """
-        listed = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-        check("prompts", prompts, listed, "a list of at least one text")
-        if temperature is None:
-            temperature = self.base.temperature
-        sampling = Sampling(temperature, top_k, top_p, min_new_tokens, deterministic)
+        """The best of n responses to each prompt, by the score of its row."""
         size = self.config.n
         repeated = [prompt for prompt in prompts for _ in range(size)]
         rows, ids = responses_to(self, repeated, max_new_tokens, sampling, stop_strings)

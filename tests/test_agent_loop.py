@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TransformReward
 
 import textrl
-from textrl.agents import PPO, REINFORCE
+from textrl.agents import PPO, REINFORCE, BestOfN
 from textrl.envs.copy import Copy
 from textrl.logging import read_numbers
 from textrl.models import small_model
@@ -200,6 +200,7 @@ BAD = [
     (lambda: REINFORCE(gym.make(ID), vf_coef=-1.0), r"vf_coef must be at least 0; got -1.0"),
     (lambda: PPO(gym.make(ID)).learn(0), r"total_timesteps must be above 0; got 0"),
     (lambda: PPO(gym.make(ID)).generate([]), r"prompts must be a list of at least one text; got \[\]"),
+    (lambda: BestOfN(gym.make(ID)).generate("abc"), r"prompts must be a list of at least one text; got 'abc'"),
     (lambda: PPO(gym.make(ID)).generate(["xyz"]), r"prompt has text that the tokenizer does not know: 'xyz'"),
     (lambda: gym.make(ID, kl_coef=0.1), r"kl_coef=0.1 needs a reference"),
     (lambda: gym.make("textrl/Text-v0", prompts=[]), r"prompts is empty"),

@@ -123,17 +123,6 @@ def on_observation(
     return actions if np.ndim(observation) == 2 else actions[0]
 
 
-def on_prompts(
-    agent: Agent,
-    prompts: Sequence[str],
-    max_new_tokens: int | None,
-    sampling: Sampling,
-    stop_strings: Sequence[str] = (),
-) -> list[str]:
-    """One response to each prompt, as text."""
-    return agent.task.decode(responses_to(agent, prompts, max_new_tokens, sampling, stop_strings)[1])
-
-
 def responses_to(
     agent: Agent,
     prompts: Sequence[str],
@@ -142,7 +131,6 @@ def responses_to(
     stop_strings: Sequence[str] = (),
 ) -> tuple[list[Row], list[list[int]]]:
     """The task's row of each prompt, and the token ids of one response to each."""
-    check("prompts", prompts, isinstance(prompts, (list, tuple)) and len(prompts) > 0, "a list of at least one text")
     check("prompts", prompts, all(isinstance(prompt, str) for prompt in prompts), "a list of texts")
     for prompt in prompts:
         check_text("prompts", prompt)

@@ -344,7 +344,7 @@ class Agent:
         """One response to each prompt, as text; for the task's own prompts and up to its horizon inside its masks.
 
         Args:
-            prompts: B texts.
+            prompts: B texts. One that is a prompt of the task brings the columns of its row to masks and score.
             max_new_tokens: default: the task's.
             temperature: default: the environment's.
             top_k: only the k most probable tokens (0: all).
@@ -353,10 +353,18 @@ class Agent:
             stop_strings: a response ends with the token that completes one of these texts.
             deterministic: the most probable token always.
         """
+        listed = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+        check("prompts", prompts, listed, "a list of at least one text")
         sampling = Sampling(
             self.base.temperature if temperature is None else temperature, top_k, top_p, min_new_tokens, deterministic
         )
-        return acting.on_prompts(self, prompts, max_new_tokens, sampling, stop_strings)
+        return self._answers(prompts, max_new_tokens, sampling, stop_strings)
+
+    def _answers(
+        self, prompts: Sequence[str], max_new_tokens: int | None, sampling: Sampling, stop_strings: Sequence[str]
+    ) -> list[str]:
+        """What `generate` gives."""
+        return self.task.decode(acting.responses_to(self, prompts, max_new_tokens, sampling, stop_strings)[1])
 
     def respond(self, rows: Sequence[Row]) -> Rollout:
         """One whole response to each row of the task, scored, whatever wraps the environment: B episodes."""
