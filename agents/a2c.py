@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from textrl.acting import allowed_at
 from textrl.agent import Agent
 from textrl.config import AgentConfig, check
 from textrl.critic import Critic, value_loss, with_advantages
@@ -67,7 +66,7 @@ class A2C(Agent):
         assert batch.advantages is not None and batch.returns is not None
         rows, columns, targets = batch.places()
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d)
-        flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
+        flat, entropy = self.policy.logprobs(hidden, targets, batch.token_masks, entropy=True)
         assert entropy is not None
         numbers = {
             "policy_loss": policy_gradient_loss(batch.spread(flat), batch.advantages, batch.action_mask),

@@ -22,7 +22,6 @@ from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textrl.acting import allowed_at
 from textrl.agent import Agent
 from textrl.attaching import paid_scores, penalty_weight
 from textrl.config import AgentConfig, check
@@ -187,8 +186,8 @@ class PPO(Agent):
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
         numbers["steps"] = len(steps)
         numbers["explained_variance"] = known
-        if config.kl_target is not None and rollout.ref_logprobs is not None:
-            kl = float((rollout.logprobs - rollout.ref_logprobs).sum(1).mean())
+        if config.kl_target is not None and rollout.log_ratios is not None:
+            kl = float(rollout.log_ratios.sum(1).mean())
             self.base.kl_coef = adapted(self.base.kl_coef, kl, config.kl_target, len(rollout), config.kl_horizon)
         numbers["kl_coef"] = penalty_weight(self.env)
         return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
@@ -239,7 +238,7 @@ class PPO(Agent):
         config, mask = self.config, batch.action_mask
         rows, columns, targets = batch.places()
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)  # (n, d), a shared critic's too
-        flat, entropy = self.policy.logprobs(hidden, targets, allowed_at(batch), entropy=True)
+        flat, entropy = self.policy.logprobs(hidden, targets, batch.token_masks, entropy=True)
         assert entropy is not None
         logprobs = batch.spread(flat)
         ratio = (logprobs - batch.logprobs).exp()

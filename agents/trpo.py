@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from textrl.acting import allowed_at
 from textrl.agent import Agent
 from textrl.batch import microbatches
 from textrl.config import AgentConfig, check
@@ -149,7 +148,7 @@ class TRPO(Agent):
         """The logits that tokens are drawn from, (n, V) float32."""
         rows, columns, _ = batch.places()
         logits = self.policy.logits(self.policy.hidden(batch.tokens, rows, columns, batch.below))
-        logits, allowed = logits / self.policy.temperature, allowed_at(batch)
+        logits, allowed = logits / self.policy.temperature, batch.token_masks
         return logits if allowed is None else logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
 
     def _surrogate(self, batch: Rollout, logits: Tensor) -> Tensor:

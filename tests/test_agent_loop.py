@@ -271,9 +271,9 @@ def test_the_score_has_its_full_weight_after_learn_even_if_it_was_ended_early():
     env = textrl.TextEnv(task, reference=copy.deepcopy(model), kl_coef=0.1)
     agent = PPO(env, model, batch_size=8, epochs=1, minibatches=1, score_start=0.1)
     seen = []
-    agent.learn(1000, callback=lambda agent, metrics: seen.append(agent.score_weight) or False)
+    agent.learn(1000, callback=lambda agent, metrics: seen.append(agent.score_weight.value) or False)
     assert seen[0] < 1
-    assert agent.score_weight == 1
+    assert agent.score_weight.value == 1
     assert agent.schedule == 1
 
 

@@ -395,11 +395,11 @@ def test_the_score_weighs_less_at_first():
     seen = []
 
     def note(agent, metrics):
-        seen.append(agent.score_weight)
+        seen.append(agent.score_weight.value)
 
     agent = tabular_agent(PPO, batch_size=16, score_start=0.1).learn(1000, callback=note)
     assert seen[0] == pytest.approx(0.1) and seen == sorted(seen) and seen[len(seen) // 2] == 1
-    assert agent.score_weight == 1
+    assert agent.score_weight.value == 1
     seen.clear()
     agent.learn(300, callback=note)  # what has learned is not sent back
     assert set(seen) == {1}
@@ -417,7 +417,7 @@ def test_the_first_weight_goes_by_the_spread_of_the_first_scores(scale):
     spread = float(copy.deepcopy(agent).collect().scores.std(unbiased=False))
 
     def note(agent, metrics):
-        seen.append(agent.score_weight)
+        seen.append(agent.score_weight.value)
 
     agent.learn(600, callback=note)
     assert seen[0] == pytest.approx(0.4 * 0.05 * scale / spread, rel=1e-4) and seen[0] < 0.5
@@ -426,9 +426,9 @@ def test_the_first_weight_goes_by_the_spread_of_the_first_scores(scale):
 
 def test_scores_that_are_alike_but_for_rounding_have_no_spread():
     agent = tabular_agent(PPO, batch_size=16)
-    agent.rising = True
-    assert agent.weigh(torch.full((48,), 0.1)) == 1 and agent.first_weight is None
-    assert agent.weigh(torch.tensor([0.0, 2.0])) == agent.first_weight == pytest.approx(0.4 * agent.base.kl_coef)
+    agent.score_weight.rising = True
+    assert agent.weigh(torch.full((48,), 0.1)) == 1 and agent.score_weight.first is None
+    assert agent.weigh(torch.tensor([0.0, 2.0])) == agent.score_weight.first == pytest.approx(0.4 * agent.base.kl_coef)
 
 
 def test_a_run_that_goes_on_weighs_the_score_as_one_that_was_not_stopped(tmp_path):
@@ -436,18 +436,18 @@ def test_a_run_that_goes_on_weighs_the_score_as_one_that_was_not_stopped(tmp_pat
         return tabular_agent(PPO, batch_size=16)
 
     whole, parts = [], []
-    made().learn(600, callback=lambda agent, metrics: whole.append(agent.score_weight))
+    made().learn(600, callback=lambda agent, metrics: whole.append(agent.score_weight.value))
 
     def stop(agent, metrics):
-        parts.append(agent.score_weight)
+        parts.append(agent.score_weight.value)
         return len(parts) != 3
 
     first = made().learn(600, log_dir=tmp_path, checkpoint_every=1, callback=stop)
     second = made()
     second.learn(
-        600, log_dir=tmp_path, checkpoint_every=1, resume=True, callback=lambda a, m: parts.append(a.score_weight)
+        600, log_dir=tmp_path, checkpoint_every=1, resume=True, callback=lambda a, m: parts.append(a.score_weight.value)
     )
-    assert second.first_weight == first.first_weight
+    assert second.score_weight.first == first.score_weight.first
     assert parts == whole and whole[3] < 1
 
 
@@ -457,7 +457,7 @@ def test_a_score_of_less_weight_is_a_smaller_score(kind):
 
     def learned(task, weight, kl_coef, **settings):
         agent = kind(environment(task, kl_coef), tabular_model(task, std=1.0, seed=3), batch_size=32, **settings)
-        agent.score_weight = weight
+        agent.score_weight.value = weight
         agent.update(agent.collect())
         return agent.model.lm_head.weight.detach()
 

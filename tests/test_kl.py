@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from textrl.kl import adapted, first_weight, full_kl, k1, k2, k3, score_weight
+from textrl.kl import adapted, full_kl, k1, k2, k3
+from textrl.score_weight import first_weight, risen
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
@@ -33,10 +34,10 @@ def test_k1_and_k3_are_unbiased_and_k2_is_not():
     assert (k3(P.log(), Q.log()) >= 0).all() and (k1(P.log(), Q.log()) < 0).any()
 
 
-def test_score_weight():
-    assert [score_weight(0.1, done) for done in (0, 0.15, 0.3)] == pytest.approx([0.1, 0.1 * math.e, 0.1 * math.e**2])
-    assert score_weight(0.1, 0.15 * math.log(10)) == score_weight(0.1, 0.6) == score_weight(1, 0) == 1
-    assert score_weight(1e-4, 0.15) == pytest.approx(0.001)  # it is 1 at 0.6, however small it was
+def test_the_weight_of_the_score():
+    assert [risen(0.1, done) for done in (0, 0.15, 0.3)] == pytest.approx([0.1, 0.1 * math.e, 0.1 * math.e**2])
+    assert risen(0.1, 0.15 * math.log(10)) == risen(0.1, 0.6) == risen(1, 0) == 1
+    assert risen(1e-4, 0.15) == pytest.approx(0.001)  # it is 1 at 0.6, however small it was
     assert [first_weight(0.05, 2.0), first_weight(0.3, 0.1)] == pytest.approx([0.01, 1])
 
 

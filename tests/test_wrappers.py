@@ -551,7 +551,7 @@ def test_the_score_is_not_weighed_where_a_wrapper_changes_rewards():
     ):
         agent = REINFORCE(env, tiny(task), batch_size=16)
         rollout = agent.collect()
-        agent.score_weight = 0.1
+        agent.score_weight.value = 0.1
         found = agent.tempered(rollout).rewards.sum(1)
         penalty = -0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
         right = 0.1 * rollout.scores + penalty if weighed else 2 * (rollout.scores + penalty)
@@ -584,7 +584,7 @@ def test_the_score_is_weighed_as_before_where_ppo_shapes_it():
     agent = PPO(env, tiny(task), batch_size=16, missing_end_penalty=0.5, learning_rate=1e-3)
     rollout = agent.collect()
     assert not agent.paid_otherwise
-    agent.score_weight = 0.1
+    agent.score_weight.value = 0.1
     shaped = agent._shaped(rollout)
     penalty = -0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
     right = 0.1 * (rollout.scores - 0.5 * ~rollout.stopped) + penalty

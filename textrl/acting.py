@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .arguments import check_count, check_observations
 from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
@@ -156,11 +155,6 @@ def responses_to(
         stop=stop_at(stop_strings, task.decode) if stop_strings else None,
     )
     return rows, [r[:n] for r, n in zip(sampled.responses.tolist(), sampled.lengths.tolist(), strict=True)]
-
-
-def allowed_at(batch: Rollout) -> Tensor | None:
-    """The action masks of the n agent tokens of a batch, (n, V), or None."""
-    return None if batch.allowed is None else batch.allowed[batch.action_mask]
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import acting, checkpoint, loop, state
-from .acting import allowed_at
 from .attaching import base_env, penalty_weight
 from .config import AgentConfig, as_path, check, make_config
 from .drawing import Sampling
 from .failures import ask_as_configured
 from .files import read_rows
 from .formats import Row
-from .kl import first_weight, score_weight
 from .loop import Callback
 from .memory import Loss, accumulate_gradients, halving
 from .models import pick_device, recompute_blocks, tables, trainable
 from .optim import Optimizer
 from .policy import CausalPolicy
 from .rollout import Narrow, Rollout
+from .score_weight import ScoreWeight
 from .starting import starting_model
 from .stepwise import StepwiseLM
 from .task import Task
@@ -66,8 +65,7 @@ class Agent:
         progress_remaining: share of this call of `learn` that is to come, from 1 to 0, for what follows a schedule.
         schedule: the share of the learning rate in force in `update`: it rises in the first `warmup` of `learn` and
             falls to 0 in the last `cooldown`.
-        first_weight: of the score, where `score_start` is None, by the spread of the first scores; None before these.
-        score_weight: what the score is multiplied by, from `score_start` to 1 in the first call of `learn`.
+        score_weight: its `value` is what the score is multiplied by: from `score_start` to 1 in the first `learn`.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
@@ -125,9 +123,7 @@ class Agent:
         self.resumed: checkpoint.Resumed | None = None
         self.progress_remaining = 1.0
         self.schedule = 1.0
-        self.first_weight: float | None = None
-        self.score_weight = 1.0
-        self.rising = False  # whether the weight of the score is on its way: in the first call of `learn`
+        self.score_weight = ScoreWeight(self.config.score_start)
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
@@ -188,7 +184,7 @@ class Agent:
         """Log-probabilities of the agent's tokens under the policy as it is now: (B, T) float32, differentiable."""
         rows, columns, targets = batch.places()
         hidden = self.policy.hidden(batch.tokens, rows, columns, batch.below)
-        return batch.spread(self.policy.logprobs(hidden, targets, allowed_at(batch))[0])
+        return batch.spread(self.policy.logprobs(hidden, targets, batch.token_masks)[0])
 
     def minimise(self, loss: Loss, batch: Rollout, mean_over: str = "tokens") -> dict[str, float]:
         """One optimiser step on the mean loss over a batch, in microbatches of bounded memory.
@@ -218,30 +214,20 @@ class Agent:
         return out
 
     def tempered(self, rollout: Rollout) -> Rollout:
-        """A fresh rollout with the score in its rewards multiplied by `score_weight`, and the KL penalty as it was.
+        """A fresh rollout with the score in its rewards multiplied by its weight, and the KL penalty as it was.
 
         Where a wrapper changes rewards the two cannot be told apart, and all stays as it is.
         """
         kl_coef = penalty_weight(self.env)
-        if rollout.ref_logprobs is None or kl_coef == 0 or self.paid_otherwise:
+        if (log_ratios := rollout.log_ratios) is None or kl_coef == 0 or self.paid_otherwise:
             return rollout
         if (weight := self.weigh(rollout.scores)) == 1:
             return rollout
-        penalty = -kl_coef * (rollout.logprobs - rollout.ref_logprobs) * rollout.action_mask
-        return replace(rollout, rewards=weight * rollout.rewards + (1 - weight) * penalty)
+        return replace(rollout, rewards=weight * rollout.rewards - (1 - weight) * (kl_coef * log_ratios))
 
     def weigh(self, scores: Tensor) -> float:
-        """Sets and returns `score_weight` for an update under a KL penalty that learns from these scores, (B,)."""
-        if not self.rising:
-            return self.score_weight
-        start = self.first_weight if self.config.score_start is None else self.config.score_start
-        if start is None:
-            spread = float(scores.std(unbiased=False))
-            if not spread > 1e-5 * float(scores.abs().max()):  # all are the same, but for rounding
-                return self.score_weight
-            start = self.first_weight = first_weight(penalty_weight(self.env), spread)
-        self.score_weight = score_weight(start, 1 - self.progress_remaining)
-        return self.score_weight
+        """The weight of the score in an update under a KL penalty that learns from these scores, (B,)."""
+        return self.score_weight.weigh(scores, penalty_weight(self.env), 1 - self.progress_remaining)
 
     def shuffled(self, size: int, parts: int) -> list[Tensor]:
         """`parts` random minibatches of the indices below `size`, each on the device."""

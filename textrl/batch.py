@@ -95,6 +95,16 @@ class Rollout:
         """What `returns.leave_one_out` takes: how many samples a prompt has, or (B,) which of them are one prompt's."""
         return self.group_size if self.groups is None else self.groups
 
+    @property
+    def log_ratios(self) -> Tensor | None:
+        """(B, T): log pi - log pi_ref of the agent's tokens, pi the policy that drew them; None without a reference."""
+        return None if self.ref_logprobs is None else self.logprobs - self.ref_logprobs
+
+    @property
+    def token_masks(self) -> Tensor | None:
+        """(n, V) bool: the action masks of the n agent tokens, or None."""
+        return None if self.allowed is None else self.allowed[self.action_mask]
+
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the n agent tokens stand: rows (n,), the columns (n,) that predict them, the tokens (n,)."""
         rows, steps = self.action_mask.nonzero(as_tuple=True)
@@ -135,8 +145,8 @@ class Rollout:
             "rollout/stopped": self.stopped.float().mean(),
             "rollout/surprisal": -masked_mean(self.logprobs, self.action_mask),
         }
-        if self.ref_logprobs is not None:
-            out["rollout/kl_reference"] = (self.logprobs - self.ref_logprobs).sum(1).mean()
+        if self.log_ratios is not None:
+            out["rollout/kl_reference"] = self.log_ratios.sum(1).mean()
         if self.drift:
             out["rollout/logprob_drift"] = torch.tensor(self.drift)
         return {key: float(value) for key, value in out.items() if not value.isnan()}
@@ -205,10 +215,9 @@ def batched_readings(
     for part in microbatches(rollout, tokens_at_once):
         batch = rollout.select(part)
         rows, columns, targets = batch.places()
-        allowed = batch.allowed[batch.action_mask] if masked and batch.allowed is not None else None
         hidden = policy.hidden(batch.tokens, rows, columns, batch.below)
         steps = batch.action_mask.shape[1]
-        out[part, :steps] = batch.spread(policy.logprobs(hidden, targets, allowed)[0])
+        out[part, :steps] = batch.spread(policy.logprobs(hidden, targets, batch.token_masks if masked else None)[0])
         if values is not None and value is not None:
             values[part, :steps] = batch.spread(value(hidden))
     return out, values

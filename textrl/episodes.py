@@ -168,9 +168,9 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
     if base.reference is not None:
         reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
         logged.ref_logprobs = batched_logprobs(reference, logged, tokens_at_once)
-    if logged.ref_logprobs is None or bool(logged.logprobs.isnan().any()):
+    if logged.log_ratios is None or bool(logged.logprobs.isnan().any()):
         return logged.scores
-    return logged.scores - base.kl_coef * (logged.logprobs - logged.ref_logprobs).sum(1)
+    return logged.scores - base.kl_coef * logged.log_ratios.sum(1)
 
 
 def check_whole(logged: Rollout) -> None:

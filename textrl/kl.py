@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 
@@ -28,33 +26,6 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     terms = logprobs.exp() * (logprobs - ref_logprobs)
     return terms.where(logprobs.exp() > 0, 0.0).sum(-1)
-
-
-FIRST_SPREAD, E_FOLD, LONGEST = 0.4, 0.15, 0.6
-
-
-def first_weight(kl_coef: float, spread: float) -> float:
-    """The weight of scores of this standard deviation under which the optimum is still near the reference, at most 1.
-
-    There the log-ratio of the optimum, pi_ref exp(weight * score / kl_coef), to pi_ref has a deviation of 0.4. (Where
-    prompts differ in their mean score, `spread` is larger than it is for any of them, and the weight smaller.)
-    """
-    return min(1.0, FIRST_SPREAD * kl_coef / spread)
-
-
-def score_weight(start: float, done: float) -> float:
-    """The weight of the score when a share `done` of the training is over: start * e^(done / 0.15), at most 1.
-
-    A `start` so small that it would not be 1 at 0.6 rises faster, and is. The optimum of weight * score - kl_coef * KL,
-    pi_ref exp(weight * score / kl_coef), moves away from the reference as the weight rises, and the policy follows it.
-    Under the full score at once a softmax policy soon draws nothing but the first good responses it met, and its
-    gradient hardly leads away from them again (Mei 2020). The score rises where the penalty could fall: Adam would go
-    on for long with the small steps that suit the large gradients of a large penalty.
-    """
-    if start >= 1:
-        return 1.0
-    length = min(LONGEST, -E_FOLD * math.log(start))  # of the rise
-    return start ** max(0.0, 1 - done / length)
 
 
 def adapted(kl_coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:

@@ -110,7 +110,7 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     if agent.num_timesteps >= goal:
         agent.call = None
     agent.anneal(1.0)
-    agent.score_weight, agent.rising = 1.0, False
+    agent.score_weight.reset(rising=False)
 
 
 def _this_call(agent: Agent, total: int | None) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _numbers(agent: Agent, found: Any) -> dict[str, float]:
 def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[str, float], list[str], int]:
     """One batch collected and learned from: its numbers, what was wrong with dropped episodes, all episodes."""
     agent.progress_remaining = (goal - agent.num_timesteps) / total
-    agent.score_weight, agent.rising = 1.0, goal == total  # in the first call
+    agent.score_weight.reset(rising=goal == total)  # in the first call
     began = time.perf_counter()
     skipped = agent.optimizer.skipped
     with explained(agent.config):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .acting import allowed_at
 from .generation import NotFinite
 from .kl import full_kl, k1, k3
 from .patient import Fault, Patient
@@ -72,7 +71,7 @@ def order(patient: Patient) -> str:
 def temperature(patient: Patient) -> str:
     """The log-probabilities of sampling are those of the environment's temperature."""
     asked, used = patient.agent.base.temperature, patient.policy.temperature
-    logits, allowed = patient.logits(patient.policy, asked), allowed_at(patient.rollout)
+    logits, allowed = patient.logits(patient.policy, asked), patient.rollout.token_masks
     if allowed is not None:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     right = logits.log_softmax(-1).gather(-1, patient.rollout.places()[2][:, None])[:, 0]

@@ -248,8 +248,8 @@ def _q_and_v(
             check("q", tuple(asked.shape), asked.shape == shape, f"a function of a rollout that gives {shape}")
             values = asked[rows, steps].double()
         logits = policy.logits(policy.hidden(batch.tokens, rows, columns)).double() / policy.temperature
-        if batch.allowed is not None:
-            logits = logits.masked_fill(~batch.allowed[batch.action_mask], -torch.inf)
+        if (allowed := batch.token_masks) is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         width = batch.action_mask.shape[1]
         chosen[part, :width] = batch.spread(values.gather(1, targets[:, None])[:, 0])
         states[part, :width] = batch.spread((logits.softmax(-1) * values).sum(-1))

@@ -257,4 +257,5 @@ def _read_whole(
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):
             reference.frozen_blocks = policy.frozen_blocks
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
-        rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
+        assert rollout.log_ratios is not None
+        rollout.rewards -= env.kl_coef * rollout.log_ratios

@@ -28,10 +28,11 @@ from .outcomes import Outcomes
 from .pairs import AskedOnce, HeldOut
 from .penalty import Penalty
 from .rows import RowStream, RowStreams
+from .score_weight import ScoreWeight
 from .task import Task
 from .texts import Texts
 
-PARTS = (AskedOnce, Epochs, HeldOut, Outcomes, RowStream, RowStreams, RunningMeanStd, Texts)
+PARTS = (AskedOnce, Epochs, HeldOut, Outcomes, RowStream, RowStreams, RunningMeanStd, ScoreWeight, Texts)
 """Objects that are packed attribute by attribute, and restored into those that stand in their place; without those
 that their class calls `not_saved`, which come from the task."""
 Tensors = dict[str, Tensor]
