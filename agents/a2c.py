@@ -60,7 +60,7 @@ class A2C(Agent):
         rollout, known = with_advantages(self.tempered(rollout), self.value, at_once, *estimator)
         numbers = self.minimise(self._loss, rollout)
         numbers["explained_variance"] = known
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None and batch.returns is not None

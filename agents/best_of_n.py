@@ -90,7 +90,7 @@ class BestOfN(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learns nothing; says how far from the model the best of n is at most."""
-        return {"train/kl_bound": kl_bound(self.config.n)}
+        return {"kl_bound": kl_bound(self.config.n)}
 
     def _answers(
         self, prompts: Sequence[str], max_new_tokens: int | None, sampling: Sampling, stop_strings: Sequence[str]

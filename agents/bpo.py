@@ -106,7 +106,7 @@ class BPO(Agent):
 
     config: BPOConfig
     config_class: ClassVar[type[AgentConfig]] = BPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights", "dataset_digest")
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "weights")
     needs_dataset = True
 
     def __init__(
@@ -163,7 +163,7 @@ class BPO(Agent):
         else:
             numbers = self.minimise(self._fit, rollout)
         numbers["effective_sample_size"] = float(1 / (self.weights**2).sum())
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     def _fit(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross-entropy of episodes that were drawn by their weights."""

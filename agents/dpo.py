@@ -101,7 +101,7 @@ class DPO(Agent):
 
     config: DPOConfig
     config_class: ClassVar[type[AgentConfig]] = DPOConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "dataset_digest", "_learned", "beta")
+    not_saved: ClassVar[tuple[str, ...]] = ("_pairs", "_learned", "beta")
     needs_dataset = True
 
     def __init__(
@@ -181,7 +181,7 @@ class DPO(Agent):
             if last and self.held_out.best:
                 self.optimizer.set_weights(self.held_out.best)
             numbers["held_out_loss"] = self.held_out.loss
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     @torch.no_grad()
     def _look(self) -> None:

@@ -111,7 +111,7 @@ class GRPO(Agent):
             for _ in range(config.epochs)
             for indices in self.shuffled(len(rollout), config.minibatches)
         ]
-        return {f"train/{key}": value for key, value in mean_of(steps).items()}
+        return mean_of(steps)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None

@@ -64,7 +64,7 @@ class NLPO(PPO):
         """PPO's update on the masked batch; now and then the mask policy catches up."""
         assert rollout.token_masks is not None
         numbers = super().update(rollout)
-        numbers["train/masked_share"] = 1 - float(rollout.token_masks.float().mean())
+        numbers["masked_share"] = 1 - float(rollout.token_masks.float().mean())
         if (self.num_updates + 1) % self.config.mask_interval == 0:
             with torch.no_grad():
                 for slow, fast in zip(self.mask_model.parameters(), self.model.parameters(), strict=True):

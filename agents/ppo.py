@@ -184,13 +184,14 @@ class PPO(Agent):
                 break
         numbers = mean_of(steps)
         numbers["first_ratio_error"] = steps[0]["ratio_error"]
+        del numbers["ratio_error"]
         numbers["steps"] = len(steps)
         numbers["explained_variance"] = known
         if config.kl_target is not None and rollout.log_ratios is not None:
             kl = float(rollout.log_ratios.sum(1).mean())
             self.base.kl_coef = adapted(self.base.kl_coef, kl, config.kl_target, len(rollout), config.kl_horizon)
         numbers["kl_coef"] = penalty_weight(self.env)
-        return {f"train/{key}": value for key, value in numbers.items() if key != "ratio_error"}
+        return numbers
 
     def _shaped(self, rollout: Rollout) -> Rollout:
         """The same with its scores, and with them its rewards, clipped, whitened and taken off for a missing end."""

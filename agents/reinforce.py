@@ -89,7 +89,7 @@ class REINFORCE(Agent):
         advantages = self.advantages(rollout, returns)
         numbers = self.minimise(self._loss, replace(rollout, returns=returns, advantages=advantages))
         numbers["advantage_std"] = float(masked_var(advantages, rollout.action_mask).sqrt())
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     def advantages(self, rollout: Rollout, returns: Tensor) -> Tensor:
         """Returns (B, T), of the whole response or to go, minus the baseline: (B, T), 0 outside the mask."""

@@ -105,7 +105,7 @@ class ReST(Agent):
 
     config: ReSTConfig
     config_class: ClassVar[type[AgentConfig]] = ReSTConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_logged", "dataset_digest")
+    not_saved: ClassVar[tuple[str, ...]] = ("_logged",)
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class ReST(Agent):
                     steps.append(self.minimise(self._loss, rollout.select(chosen[part])))
         numbers = mean_of(steps)
         numbers["effective_sample_size"] = size
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross-entropy of the episodes, by their weights."""

@@ -37,8 +37,7 @@ from textrl.render import escape
 from textrl.reward_training import RewardModelConfig, train_reward_model
 from textrl.rewards import RewardModel
 from textrl.rollout import Rollout, sample_episodes
-from textrl.runs import Checkpoints
-from textrl.trained import RUN
+from textrl.runs import RUN, Checkpoints
 
 from .ppo import PPO
 from .rlhf_config import RLHFConfig as RLHFConfig

@@ -11,7 +11,7 @@ from textrl.files import InputError
 from textrl.logging import PROGRESS
 from textrl.report import PAGE, Section, curves, distinct, settings, visible, write_report
 from textrl.rollout import Rollout
-from textrl.trained import RUN
+from textrl.runs import RUN
 
 REPORT, LOGS = "report.json", "logs"
 """In a run's folder: the figures of its end; the logs of its steps, a folder each."""

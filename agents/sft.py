@@ -54,7 +54,7 @@ class SFT(Agent):
 
     config: SFTConfig
     config_class: ClassVar[type[AgentConfig]] = SFTConfig
-    not_saved: ClassVar[tuple[str, ...]] = ("_examples", "dataset_digest")
+    not_saved: ClassVar[tuple[str, ...]] = ("_examples",)
     needs_dataset = True
 
     def __init__(
@@ -88,8 +88,7 @@ class SFT(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One step on the cross-entropy."""
-        numbers = self.minimise(self._loss, rollout)
-        return {"train/loss": numbers["loss"], "train/grad_norm": numbers["grad_norm"]}
+        return self.minimise(self._loss, rollout)
 
     def _loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         return cross_entropy(self.logprobs(batch), batch.action_mask), {}

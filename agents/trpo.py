@@ -107,7 +107,7 @@ class TRPO(Agent):
             for indices in self.shuffled(len(rollout), config.minibatches):
                 numbers["value_loss"] = self.minimise(self._value_loss, rollout.select(indices))["loss"]
         numbers["explained_variance"] = known
-        return {f"train/{key}": value for key, value in numbers.items()}
+        return numbers
 
     def _value_loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.returns is not None

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from textrl import cli
-from textrl.cli_flags import agent_classes
 from textrl.folders import verify
+from textrl.plugins import agent_classes
 from textrl.runs import Checkpoints
 
 ROWS = [{"prompt": a + b, "completion": b + a, "score": (a < b) / 2} for a in "abc" for b in "abc"]

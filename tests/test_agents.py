@@ -208,7 +208,7 @@ def test_at_the_optimum_no_noise_is_left_in_grpos_gradient():
 
     def norm(model):
         agent = GRPO(env, model, batch_size=64, minibatches=1, epochs=1, learning_rate=0.0)
-        return agent.update(agent.collect())["train/grad_norm"]
+        return agent.update(agent.collect())["grad_norm"]
 
     assert norm(textrl.solve(task, env.reference, env.kl_coef).model()) < 1e-5
     assert norm(tabular_model(task)) > 1e-2
@@ -299,7 +299,7 @@ def test_trpo_never_leaves_its_trust_region():
         numbers = agent.update(rollout)
         kl = full_kl_by_hand(old, agent.model, rollout)
         assert kl <= 0.01 + 1e-6
-        assert kl == pytest.approx(numbers["train/kl_old_new"], abs=1e-5)
+        assert kl == pytest.approx(numbers["kl_old_new"], abs=1e-5)
         moved += kl > 1e-4
     assert moved > 100
 
@@ -307,7 +307,7 @@ def test_trpo_never_leaves_its_trust_region():
 def test_trpo_bound_follows_the_schedule():
     agent = tabular_agent(TRPO, batch_size=32)
     agent.schedule = 0.1
-    assert 0 < agent.update(agent.collect())["train/kl_old_new"] <= 0.01 * 0.01
+    assert 0 < agent.update(agent.collect())["kl_old_new"] <= 0.01 * 0.01
 
 
 def test_a_learning_rate_of_zero_moves_nothing():
@@ -508,7 +508,7 @@ def test_nlpo_keeps_inside_its_mask_everywhere():
         assert sorted(keep) == rollout.allowed[rollout.action_mask][n].nonzero()[:, 0].tolist()
         expected = p[n, targets[n]] / p[n, keep].sum()
         assert float(rollout.logprobs[rollout.action_mask][n].exp()) == pytest.approx(float(expected), rel=1e-4)
-    assert agent.update(rollout)["train/first_ratio_error"] < 1e-4  # the update sees the same masks
+    assert agent.update(rollout)["first_ratio_error"] < 1e-4  # the update sees the same masks
 
 
 def test_nlpo_mask_policy_is_slow_and_saved(tmp_path):

@@ -13,8 +13,9 @@ import pytest
 
 from textrl import agents, cli
 from textrl.agents import BestOfN
-from textrl.cli_flags import agent_classes, field_comments
+from textrl.cli_flags import field_comments
 from textrl.models import small_model
+from textrl.plugins import agent_classes
 from textrl.registration import registered
 
 

@@ -134,7 +134,7 @@ def test_the_first_minibatchs_ratio_is_one(name, critic):
     agent = PPO(env, MODELS[name](0), critic=None, batch_size=16, learning_rate=1e-3)
     agent = PPO(env, MODELS[name](0), config=replace(agent.config, critic=critic))
     metrics = agent.update(agent.collect())
-    assert metrics["train/first_ratio_error"] < 1e-4
+    assert metrics["first_ratio_error"] < 1e-4
 
 
 def test_a_lower_precision_is_corrected_and_measured():
@@ -143,7 +143,7 @@ def test_a_lower_precision_is_corrected_and_measured():
     rollout = agent.collect()
     assert rollout.metrics()["rollout/logprob_drift"] == pytest.approx(rollout.drift) and rollout.drift > 0
     metrics = agent.update(rollout)
-    assert metrics["train/first_ratio_error"] < 1e-2
+    assert metrics["first_ratio_error"] < 1e-2
     assert PPO(env, llama(), batch_size=32, dtype="float32").collect().drift == 0
 
 
@@ -349,7 +349,7 @@ def test_policy_and_critic_can_share_one_trunk():
     assert count[1] < 0.6 * count[0]
     metrics = shared.update(shared.collect())
     assert shared.value_head.weight.abs().sum() > 0
-    assert math.isfinite(metrics["train/value_loss"])
+    assert math.isfinite(metrics["value_loss"])
 
 
 def test_preference_loss_by_hand():

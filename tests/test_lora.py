@@ -117,7 +117,7 @@ def test_the_update_sees_the_policy_that_drew():
     """An adapter's dropout is off as any other."""
     base = small_model(4, 8)
     agent = PPO(environment(base), base, peft_config=lora(lora_dropout=0.5, init_lora_weights=False), batch_size=16)
-    assert agent.update(agent.collect())["train/first_ratio_error"] < 1e-4
+    assert agent.update(agent.collect())["first_ratio_error"] < 1e-4
 
 
 def test_a_base_that_lies_on_disk_is_named_and_not_saved_again(tmp_path):
@@ -179,7 +179,7 @@ def test_a_critic_from_a_reward_model_shares_that_models_weights():
 def test_dpo_without_a_reference_asks_the_model_as_it_starts():
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8
     agent = DPO(textrl.TextEnv(Letters()), small_model(4, 8), peft_config=lora(), dataset=pairs, batch_size=8)
-    assert agent.update(agent.collect())["train/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert agent.update(agent.collect())["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_a_run_with_an_adapter_goes_on_where_it_stopped(tmp_path):

@@ -175,10 +175,10 @@ def test_one_step_of_dpo_is_the_gradient_step_worked_by_hand(loss: str, beta: fl
     else:
         expected = sum((h - 1 / (2 * beta)) ** 2 for h in margins) / 2
     norm = torch.stack([g.norm() for g in torch.autograd.grad(expected, list(start.parameters()))]).norm()
-    assert metrics["train/loss"] == pytest.approx(expected.item(), abs=1e-5)
-    assert metrics["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    assert metrics["train/accuracy"] == pytest.approx(sum(h.item() > 0 for h in margins) / 2)
-    assert metrics["train/margin"] == pytest.approx(beta * sum(margins).item() / 2, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert metrics["accuracy"] == pytest.approx(sum(h.item() > 0 for h in margins) / 2)
+    assert metrics["margin"] == pytest.approx(beta * sum(margins).item() / 2, abs=1e-5)
 
 
 def test_advantage_weights_by_hand() -> None:
@@ -214,7 +214,7 @@ def test_tis_takes_the_same_step_however_its_batch_is_cut() -> None:
         settings = {"batch_size": 32, "learning_rate": 1e-2, "max_tokens_per_microbatch": limit, "device": "cpu"}
         agent = BPO(env, small_model(4, 8, 1), dataset=logged, weighting="tis", **settings)
         numbers = agent.update(agent.collect())
-        steps.append([numbers[f"train/{name}"] for name in ("loss", "grad_norm", "ratio", "truncated")])
+        steps.append([numbers[name] for name in ("loss", "grad_norm", "ratio", "truncated")])
     assert steps[0][1] > 0.01
     assert steps[1] == pytest.approx(steps[0], rel=1e-4) and steps[2] == pytest.approx(steps[0], rel=1e-4)
 
@@ -280,7 +280,7 @@ def test_the_reference_is_asked_once_or_brought_along() -> None:
     expected = batched_logprobs(CausalPolicy(ref, 4), rollout, 1000).sum(1)
     torch.testing.assert_close(asked, expected, atol=1e-5, rtol=0)
     metrics = agent.update(rollout)
-    assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-5)  # the model is the reference still
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the model is the reference still
     brought = pairs.add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-2.0] * 8)
     other = DPO(textrl.TextEnv(task), copy.deepcopy(ref), dataset=brought, batch_size=8, device="cpu")
     assert [row["ref_logprob"] for row in other.collect().rows] == [-1.0, -2.0] * 8
@@ -341,7 +341,7 @@ def test_dpo_ends_with_the_weights_that_did_best_on_the_pairs_held_out() -> None
     assert agent.held_out.loss == pytest.approx(min(losses), abs=1e-5)
     everything = DPO(env, copy.deepcopy(ref), dataset=pairs, **common)
     assert len(everything._learned) == size
-    assert "train/held_out_loss" not in everything.update(everything.collect())
+    assert "held_out_loss" not in everything.update(everything.collect())
     assert (
         len(DPO(env, copy.deepcopy(ref), dataset=pairs.select(range(100)), held_out=0.1, **common).held_out.indices)
         == 0
@@ -448,9 +448,9 @@ def test_rest_rests_at_the_optimum() -> None:
     env = textrl.TextEnv(task, reference=ref, kl_coef=0.3)
     agent = ReST(env, textrl.solve(task, ref, 0.3).model(), device="cpu", learning_rate=0.0)
     batch = agent.collect()
-    assert agent.update(batch)["train/effective_sample_size"] > 0.99 * len(batch)
+    assert agent.update(batch)["effective_sample_size"] > 0.99 * len(batch)
     elsewhere = ReST(env, copy.deepcopy(ref).requires_grad_(True), device="cpu", learning_rate=0.0)
-    assert elsewhere.update(elsewhere.collect())["train/effective_sample_size"] < 0.7 * len(batch)
+    assert elsewhere.update(elsewhere.collect())["effective_sample_size"] < 0.7 * len(batch)
 
 
 def test_the_best_of_n_takes_the_arguments_of_generate() -> None:

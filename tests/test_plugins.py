@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from textrl import cli
-from textrl.cli_flags import agent_class, agent_classes
+from textrl.plugins import agent_class, agent_classes
 
 CODE = '''"""Waits: learns nothing (Nobody 2026)."""
 

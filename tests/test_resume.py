@@ -47,7 +47,7 @@ class Mine(textrl.Agent):
         def loss(batch):
             return masked_mean(-batch.advantages * self.logprobs(batch), batch.action_mask), {}
 
-        return {f"train/{key}": value for key, value in self.minimise(loss, old).items()}
+        return self.minimise(loss, old)
 
 
 ROWS = [{"prompt": a + b, "completion": b + a} for a in "abc" for b in "abc"]

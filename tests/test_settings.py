@@ -15,7 +15,7 @@ def test_ppo_asks_the_last_step_of_an_epoch_how_far_it_is_from_the_old_policy():
     agent = tabular_agent(PPO, minibatches=2, target_kl=0.05)
     kls = iter([0.0, 0.06, 0.0, 0.06])
     agent._step = lambda batch: {"loss": 0.0, "kl_old_new": next(kls), "ratio_error": 0.0}
-    assert agent.update(fixed_rollout())["train/steps"] == 2  # the first step of an epoch stands where it began
+    assert agent.update(fixed_rollout())["steps"] == 2  # the first step of an epoch stands where it began
 
 
 def test_a_step_of_ppo_reports_the_loss_and_the_gradient_of_actor_and_critic():
@@ -28,9 +28,9 @@ def test_a_step_of_ppo_reports_the_loss_and_the_gradient_of_actor_and_critic():
     )
     agent.minimise = lambda loss, batch: next(parts)
     numbers = agent.update(fixed_rollout())
-    assert numbers["train/loss"] == pytest.approx(1.5)
-    assert numbers["train/grad_norm"] == pytest.approx(5.0)
-    assert numbers["train/value_loss"] == pytest.approx(2.0)
+    assert numbers["loss"] == pytest.approx(1.5)
+    assert numbers["grad_norm"] == pytest.approx(5.0)
+    assert numbers["value_loss"] == pytest.approx(2.0)
 
 
 def test_as_many_layers_of_ppos_critic_learn_as_of_its_policy():

@@ -48,16 +48,16 @@ def test_the_ratios_of_tis_are_inside_the_action_masks() -> None:
     logged = OPTIMUM.drawn(env, model, 32, 0)
     agent = BPO(env, model, dataset=logged, weighting="tis", batch_size=32, device="cpu", learning_rate=0.0)
     numbers = agent.update(agent.collect())  # the policy is the one that was logged
-    assert numbers["train/ratio"] == pytest.approx(1, abs=1e-5)
-    assert numbers["train/truncated"] == 0
+    assert numbers["ratio"] == pytest.approx(1, abs=1e-5)
+    assert numbers["truncated"] == 0
 
 
 def test_truncated_is_the_share_of_ratios_beyond_their_bound() -> None:
     # the ratios are (1/16) / (1/8) and 1
     agent = tabular_agent(BPO, weighting="tis", max_ratio=1.0)
     agent.weights = torch.full((2,), 0.5)
-    assert agent.update(fixed_rollout())["train/truncated"] == 0
-    assert agent.update(fixed_rollout(old=((0.25, 0.125), (0.25, 1.0))))["train/truncated"] == 0.5
+    assert agent.update(fixed_rollout())["truncated"] == 0
+    assert agent.update(fixed_rollout(old=((0.25, 0.125), (0.25, 1.0))))["truncated"] == 0.5
 
 
 def pairs_agent(**settings: Any) -> DPO:
@@ -138,7 +138,7 @@ def test_the_masked_share_is_that_of_the_agents_own_tokens() -> None:
     rollout = agent.collect()
     shares = [1 - float(rollout.allowed[part].float().mean()) for part in (rollout.action_mask, slice(None))]
     assert abs(shares[0] - shares[1]) > 0.01
-    assert agent.update(rollout)["train/masked_share"] == pytest.approx(shares[0], abs=1e-5)
+    assert agent.update(rollout)["masked_share"] == pytest.approx(shares[0], abs=1e-5)
 
 
 def test_the_return_in_tis_counts_the_distance_from_the_reference() -> None:

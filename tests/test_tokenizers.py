@@ -104,7 +104,7 @@ def test_the_critic_of_ppo_keeps_the_reward_models_tokenizer(tmp_path):
     assert agent.critic.config.vocab_size == 5
     start = copy.deepcopy(agent.critic.state_dict())
     rollout = agent.collect()
-    explained = [agent.update(rollout)["train/explained_variance"] for _ in range(12)]
+    explained = [agent.update(rollout)["explained_variance"] for _ in range(12)]
     assert explained[0] == pytest.approx(0, abs=1e-6), "its head starts at zero"
     assert explained[-1] > 0.15, "it learns what its texts are worth, as far as the text so far says"
     assert any(not torch.equal(start[name], weight) for name, weight in agent.critic.state_dict().items())

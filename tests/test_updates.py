@@ -129,7 +129,7 @@ def test_values_are_clipped_around_the_old_ones():
 def test_ppo_starts_no_further_epoch_beyond_its_target(kl, passes):
     agent = tabular_agent(PPO, minibatches=1, target_kl=0.05)
     agent._step = lambda batch: {"loss": 0.0, "kl_old_new": kl, "ratio_error": 0.0}
-    assert agent.update(fixed_rollout())["train/steps"] == passes
+    assert agent.update(fixed_rollout())["steps"] == passes
 
 
 @pytest.mark.parametrize(("size", "floored"), [(1.0, False), (0.01, True)])
@@ -181,7 +181,7 @@ def test_ppos_coefficient_rises_where_the_policy_is_too_far_from_the_reference(t
     rollout = fixed_rollout(ref=((0.0625, 0.25), (0.125, 1.0)))  # KL: log 8 and log 2, on average log 4
     numbers = agent.update(rollout)
     assert agent.base.kl_coef == pytest.approx(0.1 * (1 + change * 2 / 10))
-    assert numbers["train/kl_coef"] == agent.base.kl_coef
+    assert numbers["kl_coef"] == agent.base.kl_coef
 
 
 def test_rest_fits_all_but_what_weighs_nothing_by_weights_whose_mean_is_one():

@@ -235,7 +235,7 @@ def test_groups_keep_their_places_where_scores_fail():
         assert (
             len({row["prompt"] for row, i in zip(rollout.rows, rollout.groups.tolist(), strict=True) if i == group}) < 2
         )
-    assert np.isfinite(agent.update(rollout)["train/policy_loss"])
+    assert np.isfinite(agent.update(rollout)["policy_loss"])
 
 
 def test_a_wrapper_that_keeps_options_to_itself_is_named():

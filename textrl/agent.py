@@ -79,6 +79,7 @@ class Agent:
         "task",
         "tokenizer",
         "tokenizers",
+        "dataset_digest",
     )
     """Attributes that follow from the arguments. All others that are numbers, tensors, generators, lists of these or
     have a `state_dict` are in a checkpoint; a subclass names those of its own that should not be."""

@@ -13,12 +13,14 @@ from typing import Any
 
 from . import cli_logged
 from .cli_doctor import doctor_parser
-from .cli_flags import USER_ERRORS, Parser, parse_config
+from .cli_flags import Parser, parse_config
 from .cli_list import list_agents, list_envs
 from .cli_play import play_parser
 from .cli_train import train_parser
+from .config import USER_ERRORS
 from .render import one_line
-from .trained import FINAL, finished_run, trained_agent
+from .runs import FINAL
+from .trained import finished_run, trained_agent
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 import gymnasium as gym
 
-from .cli_flags import KL_HELP, check_env_id, own_tokenizer, parse_env_args, training_penalty
+from .cli_flags import KL_HELP, own_tokenizer, parse_env_args, training_penalty
+from .plugins import check_env_id
 from .render import escape
 
 

@@ -1,34 +1,24 @@
-"""What a user typed, as what it names: agents, environments, settings; errors of one line with the nearest names."""
+"""What a user typed after flags, as arguments and settings; errors are one line."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import importlib
 import inspect
 import json
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import gymnasium as gym
 
 from .registration import models_tokenizer, registered
 
-if TYPE_CHECKING:
-    from .agent import Agent
-
 KL_COEF = 0.1
 """The weight of the KL penalty in training to a reference for which none is given."""
 KL_HELP = f"weight of the KL penalty (default: the environment's, or {KL_COEF} with a --reference)"
-USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
-"""What is raised where something that a user gave is wrong, or is not there."""
-
 
 ELSEWHERE = {
     "kl_coef": "a flag of its own: --kl-coef",
@@ -52,89 +42,6 @@ class Parser(argparse.ArgumentParser):
         """Prints the message on stderr and exits with 2."""
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         raise SystemExit(2)
-
-
-def agent_classes() -> dict[str, type[Agent]]:
-    """Our own agents and those that other packages name in the entry-point group `textrl.agents`.
-
-    One that cannot be imported is left out with a warning.
-    """
-    agents = importlib.import_module("textrl.agents")
-    found = {name: getattr(agents, name) for name in agents.__all__}
-    for entry in entry_points(group="textrl.agents"):
-        try:
-            found[entry.name] = agent_at(entry.value)
-        except ValueError as error:
-            warnings.warn(str(error), stacklevel=2)
-    return found
-
-
-def agent_at(place: str) -> type[Agent]:
-    """The agent at "module:Class".
-
-    Raises:
-        ValueError: where there is none, or its module cannot be imported.
-    """
-    from .agent import Agent
-
-    module, _, attribute = place.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module raises
-        raise ValueError(f"agent {place!r} cannot be imported: {error}") from None
-    if not (isinstance(cls, type) and issubclass(cls, Agent)):
-        raise ValueError(f"agent must be a subclass of textrl.Agent; {place!r} is {cls!r}")
-    if cls.update is Agent.update:
-        raise ValueError(f"agent {place!r} must define update(rollout)")
-    return cls
-
-
-def agent_class(name: str) -> type[Agent]:
-    """The agent called `name` (in any case), or "module:Class".
-
-    Raises:
-        ValueError: for a name nobody has, with the nearest.
-    """
-    if ":" in name:
-        sys.path.insert(0, "")
-        try:
-            return agent_at(name)
-        finally:
-            sys.path.pop(0)
-    for entry in entry_points(group="textrl.agents"):
-        if entry.name.lower() == name.lower():
-            return agent_at(entry.value)
-    known = {key.lower(): cls for key, cls in agent_classes().items()}
-    if name.lower() not in known:
-        raise ValueError(f"unknown agent {name!r}; {nearest(name.lower(), list(known))}")
-    return known[name.lower()]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A question with the nearest names, or all there are."""
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-
-
-def check_env_id(id: str) -> str:
-    """The id, if it is registered (after importing its module, for "module:id").
-
-    Raises:
-        ValueError: otherwise, with the nearest ids.
-    """
-    module, _, plain = id.rpartition(":")
-    if module:
-        sys.path.insert(0, "")
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a module may raise what it likes
-            raise ValueError(f"env {id!r} cannot be imported: {type(error).__name__}: {error}") from None
-        finally:
-            sys.path.pop(0)
-    known = list(registered())
-    if plain not in known:
-        raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
-    return plain
 
 
 def whole(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .cli_flags import agent_class, agent_classes, check_env_id
+from .plugins import agent_class, agent_classes, check_env_id
 from .registration import make_task, registered, task_class
 
 if TYPE_CHECKING:

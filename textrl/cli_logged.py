@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .cli_flags import check_env_id, given_penalty, own_tokenizer, parse_env_args
+from .cli_flags import given_penalty, own_tokenizer, parse_env_args
+from .plugins import check_env_id
 from .render import escape
-from .trained import FINAL, finished_run, trained_agent
+from .runs import FINAL
+from .trained import finished_run, trained_agent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

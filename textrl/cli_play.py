@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import gymnasium as gym
 
-from .cli_flags import check_env_id, given_penalty, nearest, own_tokenizer, parse_env_args
+from .cli_flags import given_penalty, own_tokenizer, parse_env_args
 from .codec import plain_ids
 from .config import check
+from .plugins import check_env_id, nearest
 from .render import token_texts
-from .trained import FINAL, finished_run, trained_agent
+from .runs import FINAL
+from .trained import finished_run, trained_agent
 
 if TYPE_CHECKING:
     from .agent import Agent

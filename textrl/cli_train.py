@@ -13,8 +13,6 @@ import gymnasium as gym
 
 from .cli_flags import (
     KL_HELP,
-    agent_class,
-    check_env_id,
     own_tokenizer,
     parse_config,
     parse_env_args,
@@ -24,8 +22,10 @@ from .cli_flags import (
 from .config import as_path, check, make_config
 from .disk import could_be_folder, digest, write_json
 from .files import is_file_name
+from .plugins import agent_class, check_env_id
 from .render import one_line
-from .trained import FINAL, RUN, read_run
+from .runs import FINAL, RUN, Checkpoints
+from .trained import read_run
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -126,7 +126,6 @@ def train_agent(options: argparse.Namespace) -> None:
 def holds_run(folder: Path) -> bool:
     """Whether there is something in a folder that a run has done; one that failed at once has done nothing."""
     from .logging import PROGRESS
-    from .runs import Checkpoints
 
     progress = folder / PROGRESS
     begun = bool(Checkpoints(folder, 1).steps()) or (progress.exists() and progress.stat().st_size > 0)

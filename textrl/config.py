@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from .scores import shorten
+
+USER_ERRORS = (ValueError, OSError, gym.error.Error, ImportError, MemoryError, OverflowError)
+"""What is raised where something that a user gave is wrong, or is not there."""
 
 ELSEWHERE = {"clip_range": "clip_coef", "clip_range_vf": "clip_value", "n_epochs": "epochs", "cliprange": "clip_coef"}
 """What settings are called in Stable-Baselines3 and TRL, and here."""

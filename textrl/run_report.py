@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_flags import USER_ERRORS
+from .config import USER_ERRORS
 from .files import InputError
 from .folders import CheckpointError, read_manifest
 from .logging import COLUMNS, ITERATION, PROGRESS, TIMESTEPS, read_numbers
 from .models import few_threads
 from .render import escape
 from .report import PAGE, Section, curves, settings, write_report
-from .runs import BEST, Checkpoints
-from .trained import FINAL, RUN, read_run, trained_agent
+from .runs import BEST, FINAL, RUN, Checkpoints
+from .trained import read_run, trained_agent
 
 SHOWN = 8
 """Responses on the page."""

@@ -17,7 +17,8 @@ from typing import Any, Self
 from .disk import sync
 from .folders import MANIFEST, CheckpointError
 
-FOLDER, BEST = "checkpoints", "best"
+RUN, FOLDER, BEST, FINAL = "run.json", "checkpoints", "best", "final"
+"""In a run's folder: what it was told, as JSON; the checkpoints; a link to the best of them; the agent at the end."""
 
 
 class Checkpoints:

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .cli_flags import agent_class, check_env_id
 from .disk import digest, read_json
+from .plugins import agent_class, check_env_id
+from .runs import FINAL, RUN
 
 if TYPE_CHECKING:
     from .agent import Agent
-
-RUN, FINAL = "run.json", "final"
-"""In a run's folder: which agent, environment and seed it was; the agent at the end."""
 
 
 def read_run(called: str, folder: Path, unchanged: bool = False) -> dict[str, Any]:
