@@ -24,6 +24,8 @@ from textrl.reward_training import RewardModelConfig, preference_loss, train_rew
 from textrl.rewards import RewardModel
 from textrl.rollout import sample_episodes
 from textrl.scalars import value_model
+from textrl.slots import WholeTexts
+from textrl.stepwise import StepwiseLM
 from textrl.trunk import frozen_blocks, same_blocks, states_below
 
 
@@ -276,12 +278,31 @@ def test_the_cached_loop_equals_the_plain_one(name, monkeypatch):
     for group in (prompts, [prompts[1]] * 32):  # ragged, and all alike
         cached = generate(policy, group, 9, [0], generator=torch.Generator().manual_seed(3))
         with monkeypatch.context() as patch:
-            patch.setattr("textrl.generation.slots_for", lambda *_: None)
+            patch.setattr("textrl.generation.slots_for", WholeTexts)
             plain = generate(policy, group, 9, [0], generator=torch.Generator().manual_seed(3))
         assert cached.responses.tolist() == plain.responses.tolist()
         assert cached.lengths.tolist() == plain.lengths.tolist()
         torch.testing.assert_close(cached.logprobs, plain.logprobs, atol=1e-5, rtol=1e-4)
         assert 1 < cached.lengths.float().mean() < 9
+
+
+def test_a_stepper_without_a_cache_says_the_same(monkeypatch):
+    policy, chance = CausalPolicy(MODELS["gpt2"](), 4), np.random.default_rng(0)
+    observations, lengths = np.full((3, 9), 4), np.array([1, 2, 3])
+    for row, n in zip(observations, lengths, strict=True):
+        row[:n] = chance.integers(4, size=n)
+    cached, plain = StepwiseLM(policy), StepwiseLM(policy)
+    for _ in range(30):
+        with monkeypatch.context() as patch:
+            patch.setattr("textrl.stepwise.slots_for", WholeTexts)
+            found = plain(observations)
+        torch.testing.assert_close(found, cached(observations), atol=1e-5, rtol=1e-4)
+        for i, row in enumerate(observations):
+            if lengths[i] == 9 or chance.random() < 0.2:  # begins anew, while others go on or stand still
+                row[:], lengths[i] = 4, 0
+            if lengths[i] == 0 or chance.random() < 0.7:
+                row[lengths[i]] = chance.integers(4)
+                lengths[i] += 1
 
 
 def test_a_rows_sample_depends_on_no_other_row():

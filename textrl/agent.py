@@ -56,7 +56,7 @@ class Agent:
     Attributes (those of an agent of one's own need other names):
         env, base: the environment as it was given, and the `TextEnv` or `TextVectorEnv` inside its wrappers.
         task, tokenizer: the environment's.
-        policy, stepper: `model` as log-probabilities of whole texts, and token by token.
+        policy, stepper, predictor: `model` on whole texts; token by token for `act`, and for `predict`.
         device, rng, generator, modules, optimizer: where and how it learns; `modules` by name are saved and learn.
         model: the policy, a `PreTrainedModel`.
         config: the settings in force.
@@ -110,7 +110,8 @@ class Agent:
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
         self.policy.frozen_blocks = frozen_blocks(self.model)
-        self.stepper = StepwiseLM(self.policy)
+        self.stepper = StepwiseLM(self.policy)  # in the environment it acts in
+        self.predictor = StepwiseLM(self.policy)  # on observations from anywhere
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone

@@ -113,7 +113,7 @@ def generate(
         policy, sampling, uniforms, torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device), value
     )
     uniform_length = bool((lengths == width).all())
-    stepper = slots_for(policy, batch, tokens.shape[1]) or _Plain(policy, tokens)
+    stepper = slots_for(policy, batch, tokens.shape[1])
     fixed = isinstance(stepper, FlatSlots) and allowed is None and stop is None
     record = RECORDERS.get(device.type) if fixed else None
     hidden = stepper.read(tokens[:, :width], lengths, written.rows)  # (b, d)
@@ -218,21 +218,3 @@ def _left_aligned(prompts: Sequence[NDArray[np.int64]], room: int, device: torch
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(np.asarray(prompt))
     return tokens.to(device), torch.tensor(lengths, device=device)
-
-
-class _Plain:
-    """The whole text again at every token, for models that take no cache of ours."""
-
-    def __init__(self, policy: CausalPolicy, tokens: Tensor) -> None:
-        self.policy, self.tokens = policy, tokens
-
-    def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        return self.policy.hidden(tokens, rows, lengths - 1)
-
-    def step(self, tokens: Tensor, columns: Tensor, column: int | None = None) -> Tensor:
-        each = torch.arange(len(tokens), device=tokens.device)
-        self.tokens[each, columns] = tokens
-        return self.read(self.tokens[:, : int(columns.max()) + 1], columns + 1, each)
-
-    def keep(self, rows: Tensor) -> None:
-        self.tokens = self.tokens[rows]

@@ -171,6 +171,7 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
             agent.anneal(_share_of_rate(agent.config, agent.progress_remaining, left))
             metrics = {**rollout.metrics(), **_numbers(agent, agent.update(rollout))}
     agent.stepper.forget()
+    agent.predictor.forget()
     forget_caches(agent.env)
     tokens = 0 if rollout is None else rollout.num_tokens
     agent.num_timesteps += tokens

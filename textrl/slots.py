@@ -1,4 +1,4 @@
-"""A preallocated KV cache for a batch of rows, each at its own position, and the ways to run a model over it."""
+"""What a model has read of a batch of rows, each at its own position, and the ways to run it one token further."""
 
 from __future__ import annotations
 
@@ -200,6 +200,29 @@ class Slots:
             layer.keep(rows)
 
 
+class WholeTexts:
+    """B rows of at most W tokens, read whole again at every token, for models that take no cache of ours."""
+
+    def __init__(self, policy: CausalPolicy, batch: int, width: int) -> None:
+        self.policy = policy
+        self.tokens = torch.zeros(batch, width, dtype=torch.int64, device=policy.device)
+        self.every_row = torch.arange(batch, device=policy.device)
+
+    def read(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """Starts rows anew: (b, S) left-aligned tokens -> what the head reads after each row's last, (b, d)."""
+        self.tokens[rows, : tokens.shape[1]] = tokens
+        return self.policy.hidden(tokens, self.every_row[: len(rows)], lengths - 1)
+
+    def step(self, tokens: Tensor, columns: Tensor, column: int | None = None) -> Tensor:
+        """Writes one token a row: (B,) tokens at (B,) columns -> what the head reads, (B, d)."""
+        self.tokens[self.every_row, columns] = tokens
+        return self.policy.hidden(self.tokens[:, : int(columns.max()) + 1], self.every_row, columns)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but these."""
+        self.tokens, self.every_row = self.tokens[rows], self.every_row[: len(rows)]
+
+
 def additive(mask: Tensor, model: PreTrainedModel) -> Tensor:
     """A bool mask as the model's attention wants it: bool for SDPA, else 0 and the smallest number."""
     if model.config._attn_implementation == "sdpa":
@@ -244,11 +267,11 @@ def remembers(model: PreTrainedModel) -> bool:
     return tokens.shape[1] == 6 and attempt(alike)
 
 
-def slots_for(policy: CausalPolicy, batch: int, width: int) -> FlatSlots | Slots | None:
-    """A cache for B rows of at most W tokens; None for a model that takes none of ours."""
+def slots_for(policy: CausalPolicy, batch: int, width: int) -> FlatSlots | Slots | WholeTexts:
+    """The fastest way that a model takes to read B rows of at most W tokens one token at a time."""
     if not cacheable(policy.model, width):
-        return None
+        return WholeTexts(policy, batch, width)
     flat = flat_of(policy.model) if head_of(policy.model) is not None else None
     if flat is not None:
         return FlatSlots(policy, flat, batch, width)
-    return Slots(policy, batch, width) if remembers(policy.model) else None
+    return (Slots if remembers(policy.model) else WholeTexts)(policy, batch, width)

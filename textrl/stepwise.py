@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .models import check_length, load_model
 from .policy import CausalPolicy
 from .probing import longest_text
-from .slots import FlatSlots, Slots, slots_for
+from .slots import FlatSlots, Slots, WholeTexts, slots_for
 
 if TYPE_CHECKING:
     from .task import Task
@@ -33,7 +33,7 @@ class StepwiseLM:
 
     def __init__(self, policy: CausalPolicy) -> None:
         self.policy = policy
-        self._slots: FlatSlots | Slots | None = None
+        self._slots: FlatSlots | Slots | WholeTexts | None = None
         self._seen: NDArray[np.int64] | None = None
         self._lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._logits: Tensor | None = None
@@ -81,9 +81,6 @@ class StepwiseLM:
         if self._slots is None:
             self._slots = slots_for(policy, batch, width)
             self._logits = torch.zeros(batch, policy.vocab_size, device=device)
-        if self._slots is None:
-            tokens = torch.from_numpy(clean[:, : lengths.max()]).to(device)
-            return policy.logits(policy.hidden(tokens, torch.arange(batch, device=device), ends - 1))
         logits = self._logits
         assert logits is not None
         if grown.any():  # rows that did not grow read their last token again, to the same effect
