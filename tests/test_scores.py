@@ -1,5 +1,6 @@
 """Scores that misbehave: named with prompt and response, or dropped and counted, and no other episode lost."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import torch
 
 import textrl
 from textrl.agents import GRPO, PPO, REINFORCE, BestOfN, ReST
-from textrl.asking import AllDropped, Asking
+from textrl.asking import AllDropped, Asking, ask
 from textrl.envs.copy import Copy
 from textrl.failures import TrainingError
 from textrl.returns import group_normalised, leave_one_out
+from textrl.rewards import weighted_sum
 from textrl.scores import ScoreError
 from textrl.watch import TrainingWarning
 
@@ -376,3 +378,32 @@ def test_a_column_of_scores_is_told_to_be_squeezed(column):
         ScoreError, match=r"each of the 3 tokens .*flat list \(squeeze\(-1\).*; got \[1.0\] for prompt 'a'"
     ):
         task.evaluate([{"prompt": "a"}] * 2, [[1, 2, 0], [1, 0]])
+
+
+def test_tensors_of_a_number_a_token_are_lists_and_tensors_of_one_number_are_numbers():
+    ids = [[1, 2, 0], [1]]
+    by_token = text_env(lambda completion_ids, **_: [torch.arange(1.0, len(i) + 1) for i in completion_ids])
+    found = by_token.unwrapped.task.evaluate([{"prompt": "a"}] * 2, ids)
+    assert found.totals.tolist() == [6, 1] and [each.tolist() for each in found.tokens] == [[1, 2, 3], [1]]
+    plain = text_env(lambda completion_ids, **_: [torch.ones(1) for _ in completion_ids])
+    found = plain.unwrapped.task.evaluate([{"prompt": "a"}] * 2, ids)
+    assert found.totals.tolist() == [1, 1] and found.tokens is None
+
+    def sometimes(completion_ids, **_):
+        return [torch.ones(1) if len(i) < 3 else torch.full((1,), torch.nan) for i in completion_ids]
+
+    columns = {"prompts": ["a"] * 3, "completions": ["b"] * 3, "completion_ids": [[1], [1, 0], [1, 2, 0]]}
+    assert set(ask(sometimes, columns, Asking(drop=True)).faults) == {2}
+
+
+def test_a_score_may_be_a_coroutine_inside_a_loop_of_its_callers_too():
+    async def score(completions, **_):
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+    both = weighted_sum([(score, 1.0), (score, 2.0)])
+
+    async def asked(reward):
+        return text_env(reward).unwrapped.task.evaluate([{"prompt": "a"}], [[1, 2, 0]]).totals.tolist()
+
+    assert asyncio.run(asked(score)) == [2] and asyncio.run(asked(both)) == [6]

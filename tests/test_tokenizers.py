@@ -287,3 +287,30 @@ def test_a_word_of_any_script_keeps_the_space_before_it():
     backend.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]")
     assert Codec(tokenizer).decode([[3, 4]]) == [" was very"]
+
+
+def words():
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "the": 1, "movie": 2, "<unk>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def unigram():
+    pieces = ["<s>", "</s>", "<unk>", *"\u2581</s>themovi"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in dict.fromkeys(pieces)], unk_id=2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("tokenizer", [words(), unigram()], ids=["words", "unigram"])
+def test_special_tokens_in_a_prompt_are_text_for_vocabularies_that_hold_them_as_words(tokenizer):
+    """`split_special_tokens` alone does not keep such tokenizers from finding them."""
+    end, prompt = tokenizer.eos_token_id, f"the {tokenizer.eos_token} movie"
+    assert end in tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for special in (False, True):
+        options = {"tokenizer": tokenizer, "reward": lambda completions: [0.0] * len(completions)}
+        env = gym.make("textrl/Text-v0", prompts=[prompt], max_new_tokens=3, special_tokens=special, **options)
+        ids = env.reset(seed=0)[0].tolist()
+        assert (end in ids) == special
+        scorer = RewardModel.from_language_model(small_model(len(tokenizer), 64), tokenizer, special_tokens=special)
+        assert (end in scorer.encode([prompt])[0][:-1]) == special

@@ -362,3 +362,40 @@ def test_settings_of_ones_own_are_checked_whether_annotations_are_postponed_or_n
 def test_what_is_loaded_late_is_listed():
     assert {"Agent", "solve", "agents"} <= set(dir(textrl))
     assert "_logits" not in repr(textrl.solve(Copy(length=1)))
+
+
+class Half(textrl.Task):
+    """A task whose author has forgotten what `missing` says."""
+
+    def __init__(self, missing):
+        if missing != "super().__init__(tokenizer=":
+            super().__init__(tokenizer=textrl.symbol_tokenizer("ab"), max_new_tokens=2)
+
+
+class Scored(Half):
+    def score(self, prompts, completions, **columns):
+        return [0.0] * len(prompts)
+
+
+class Sampled(Half):
+    def sample(self, rng):
+        return {"prompt": ""}
+
+
+class Both(Scored, Sampled):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"), [(Both, "super().__init__(tokenizer="), (Sampled, "score("), (Scored, "prompts() or sample(")]
+)
+@pytest.mark.parametrize("made", [textrl.TextEnv, lambda task: textrl.TextVectorEnv(task, 2), textrl.solve])
+def test_a_task_that_is_not_whole_is_refused_where_it_enters(kind, missing, made):
+    word = "call" if "super" in missing else "define"
+    refused(f"task {kind.__name__} must {word} {missing}", lambda: made(kind(missing)))
+
+
+def test_device_and_dtype_may_be_torchs_own():
+    agent = PPO(gym.make("textrl/Copy-v0"), device=torch.device("cpu"), dtype=torch.float32)
+    assert (agent.config.device, agent.config.dtype) == ("cpu", "float32")
+    refused("or a device torch has; got 'float32'", lambda: PPO(gym.make("textrl/Copy-v0"), device=torch.float32))

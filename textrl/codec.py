@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -38,10 +39,33 @@ def plain_ids(
         ValueError: for text that the tokenizer does not know.
     """
     try:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens)["input_ids"])
+        return ids_of(tokenizer, [text], special_tokens)[0]
     except Exception as error:  # a tokenizer raises what it likes
         what = shorten(text if shown is None else shown)
         raise ValueError(f"{called} has text that the tokenizer does not know: {what} ({error})") from None
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+    """The token ids of texts alone; special tokens written out in them are text, or else read as such.
+
+    A tokenizer of words looks them up as it does any word, and one of pieces as any piece, whatever it is told: there
+    such a text is read in parts, cut behind the first character of each special token.
+    """
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not special_tokens)[
+        "input_ids"
+    ]
+    if special_tokens:
+        return found
+    marks = {token for token in tokenizer.all_special_tokens if len(token) > 1 and token != tokenizer.unk_token}
+    meant = set(tokenizer.convert_tokens_to_ids(sorted(marks)))
+    for i, text in enumerate(texts):
+        if any(mark in text for mark in marks) and not meant.isdisjoint(found[i]):
+            pattern = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+            cuts = [match.start() + 1 for match in re.finditer(pattern, text)]
+            parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+            read = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            found[i] = list(chain.from_iterable(read))
+    return found
 
 
 class Codec:

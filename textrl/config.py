@@ -107,7 +107,7 @@ def check_type(name: str, value: Any, annotation: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Checks all settings of a config against their annotations; numbers of numpy become Python's.
+    """Checks all settings of a config against their annotations; numbers of numpy become Python's, torch's names texts.
 
     Raises:
         ValueError: naming the setting, its value and what would be right.
@@ -116,6 +116,8 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if isinstance(value, np.generic):  # torch and JSON do not take them
             object.__setattr__(config, field.name, value := value.item())
+        if type(value).__module__ == "torch" and field.name in ("device", "dtype"):  # by their names
+            object.__setattr__(config, field.name, value := str(value).removeprefix("torch."))
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)  # without postponed annotations
         check_type(field.name, value, kind)
 

@@ -16,7 +16,7 @@ from .formats import Row
 from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
 from .rows import RowStream
-from .task import Task
+from .task import Task, check_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +47,7 @@ def observation_space(task: Task) -> Any:
     Raises:
         ValueError: for what is no task.
     """
-    if not isinstance(task, Task):
-        raise ValueError(f"task must be an instance of a subclass of textrl.Task; got {task!r}")
+    check_task(task)
     return gym.spaces.Box(0, task.vocab_size, (task.max_prompt_tokens + task.max_new_tokens,), np.int64)
 
 

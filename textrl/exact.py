@@ -31,7 +31,7 @@ from .config import check
 from .enumeration import AnyPolicy, Tree, asker, grow_trees, join, prefixes
 from .scalars import value_model
 from .tabular import TabularLM, TabularScorer, tabular_model
-from .task import Task
+from .task import Task, check_task
 
 _LOG_ZERO = -1e300  # in place of -inf, so that 0 * log 0 = 0
 
@@ -132,7 +132,7 @@ def solve(
         ValueError: for a task that is too large to enumerate, saying how large it is, or without `prompts()`.
     """
     check_penalty(reference, kl_coef, temperature)
-    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
+    check_task(task)
     ask = asker(task, reference, temperature)
     totals = torch.zeros(3, dtype=torch.float64)
     optimal: dict[tuple[int, ...], list[Tensor]] = {}
@@ -171,7 +171,7 @@ def evaluate_exact(
         ValueError: as `solve`.
     """
     check_penalty(reference, kl_coef, temperature)
-    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
+    check_task(task)
     check("model", model, isinstance(model, (str, Path)) or callable(model), "a model, its name or a callable")
     ask, ask_reference = asker(task, model, temperature), asker(task, reference, temperature)
     totals, optimum, start = torch.zeros(3, dtype=torch.float64), 0.0, 0.0

@@ -74,6 +74,7 @@ def agent_class(name: str) -> type[Agent]:
 def nearest(name: str, known: list[str]) -> str:
     """A question with the nearest names, or all there are."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
+    near = near or [each for each in known if name and name.lower() in each.lower()][:3]
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .adapters import has_adapter
+from .codec import ids_of
 from .config import check, is_count
 from .folders import SCORER, verify_if_ours, whole_folder, write_manifest
 from .hub import check_source
@@ -137,9 +138,8 @@ class RewardModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with the begin and the end token."""
-        split = not self.special_tokens
         try:
-            plain = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split)["input_ids"]
+            plain = ids_of(self.tokenizer, texts, self.special_tokens)
         except Exception as error:  # a toy vocabulary's tokenizer raises nothing more special
             raise ValueError(f"text has what the tokenizer does not know ({error}); got {shorten(texts)}") from None
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +80,8 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
             return Scores(np.array(given, dtype=np.float64))
     except OverflowError:
         pass
+    if given and all(_is_vector(x) and len(x) == len(completion_ids[i]) for i, x in enumerate(given)):
+        given = [x.tolist() for x in given]
     if not (len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))):
         return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(given)]))
     tokens = []
@@ -92,6 +96,11 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
         tokens.append(np.array([_number(x, prompts[i], completions[i]) for x in values], dtype=np.float64))
     totals = [values.sum() for values in tokens]
     return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(totals)]), tokens)
+
+
+def _is_vector(value: Any) -> bool:
+    """Whether this is a tensor (T,)."""
+    return not isinstance(value, np.ndarray) and hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1
 
 
 def _number(value: Any, prompt: str, completion: str) -> float:
@@ -129,12 +138,20 @@ def reason(error: BaseException) -> str:
 
 
 def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
-    """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs)."""
+    """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs).
+
+    One that is a coroutine function is run to its end.
+    """
     arguments = {"prompts": prompts, "completions": completions, **columns}
+    parameters: Mapping[str, inspect.Parameter] | None
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
-        return fn(**arguments)
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        parameters = None
+    if parameters is not None and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {key: value for key, value in arguments.items() if key in parameters}
-    return fn(**arguments)
+    given = fn(**arguments)
+    if inspect.iscoroutine(given):
+        with ThreadPoolExecutor(1) as thread:  # this one may have an event loop already, as a notebook's has
+            return thread.submit(asyncio.run, given).result()
+    return given

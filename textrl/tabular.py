@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 
 from .config import check, check_type
-from .task import Task
+from .task import Task, check_task
 
 UNKNOWN, ROOT = 0, 1
 """Prefix 0 stands for every text outside the tree, prefix 1 for the empty text."""
@@ -176,7 +176,7 @@ def finite_rows(task: Task) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a task without `prompts()`.
     """
-    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
+    check_task(task)
     if task.rows is None:
         raise ValueError(
             f"task must have finitely many prompts for an exact answer; {type(task).__name__} only samples:"

@@ -25,6 +25,22 @@ OF_A_CALL = frozenset({"self", "prompts", "completions", "completion_ids"})
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
 
 
+def check_task(task: Any) -> None:
+    """Refuses what is no task, or one that its author has not finished.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
+    kind, name = type(task), type(task).__name__
+    if "_codec" not in vars(task):
+        raise ValueError(f"task {name} must call super().__init__(tokenizer=..., max_new_tokens=...) in its __init__")
+    if kind.score is Task.score:
+        raise ValueError(f"task {name} must define score(prompts, completions, **columns)")
+    if kind.prompts is Task.prompts and kind.sample is Task.sample:
+        raise ValueError(f"task {name} must define prompts() or sample(rng)")
+
+
 class Task:
     """A text-generation task: what to say next, and how good what was said is.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .codec import ids_of
 from .config import check
 from .critic import Critic
 from .policy import CausalPolicy, values_at
@@ -77,8 +78,7 @@ class TextCritic:
             else:
                 said_so_far = self.task.decode([ids[start:end] for end in range(start, len(ids))])
                 before = [prompt + text for text in said_so_far]
-            split = not self.special_tokens
-            said = self.tokenizer(before, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+            said = ids_of(self.tokenizer, before, self.special_tokens)
             begin, end_token = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             first = [] if begin is None else [begin]
             if first and self.special_tokens:  # a chat template writes it where it should be
