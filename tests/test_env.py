@@ -110,8 +110,10 @@ def test_a_snapshot_branches_an_episode():
     assert first[-1][2] and here.length == 2  # the snapshot itself has not moved
     env.restore(here)
     assert env.step(5)[1] == pytest.approx(1 / 5)
-    with pytest.raises(ValueError, match="snapshot has an observation"):
+    with pytest.raises(ValueError, match="of an episode of Increasing, this environment's task is Copy"):
         textrl.TextEnv(Copy()).restore(here)
+    with pytest.raises(ValueError, match="snapshot has an observation"):
+        textrl.TextEnv(Increasing(length=3)).restore(here)
 
 
 def test_a_snapshot_with_a_reference_gives_the_same_penalties():

@@ -29,8 +29,9 @@ Info = dict[str, Any]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An episode at one moment, to be restored into the environment it came from."""
+    """An episode at one moment, to be restored into the environment it came from, or another of its task."""
 
+    task: str
     row: Row
     tokens: NDArray[np.int64]
     prompt_length: int
@@ -239,6 +240,7 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
         if self._ended is None:
             raise gym.error.ResetNeeded("snapshot was called before the first reset: call reset() first")
         return Snapshot(
+            task=type(self.task).__qualname__,
             row=dict(self._row),
             tokens=self._tokens.copy(),
             prompt_length=self._prompt_length,
@@ -252,6 +254,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
     def restore(self, snapshot: Snapshot) -> NDArray[np.int64]:
         """Goes back (or sideways) to a snapshot of this task; returns the observation there, (L,) int64."""
         check("snapshot", snapshot, isinstance(snapshot, Snapshot), "what `snapshot` gave")
+        if snapshot.task != (own := type(self.task).__qualname__):
+            raise ValueError(f"snapshot is of an episode of {snapshot.task}, this environment's task is {own}")
         if snapshot.tokens.shape != self._blank.shape:
             raise ValueError(
                 f"snapshot has an observation of shape {snapshot.tokens.shape}, this environment {self._blank.shape}"
