@@ -34,9 +34,8 @@ from textrl.config import AgentConfig, check
 from textrl.files import Rows, dataset_rows
 from textrl.offline import Epochs, digest, given_rollout
 from textrl.pairs import SIDES, AskedOnce, HeldOut, Pair, encoded_pairs, hold_out
-from textrl.policy import CausalPolicy
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
-from textrl.rollout import Rollout
+from textrl.rollout import Rollout, policy_in
 from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ class DPO(Agent):
                 f" as the environment's reference, or its log-probabilities in the columns {list(REFERENCE_COLUMNS)}"
             )
         model = self.base.reference or self.model
-        reference = CausalPolicy(model, self.task.vocab_size, self.base.temperature)
+        reference = policy_in(self.base, model)
         sums = []
         for start in range(0, len(indices), 1024):
             part = indices[start : start + 1024]

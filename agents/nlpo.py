@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from textrl.adapters import frozen_copy
 from textrl.config import AgentConfig, check
 from textrl.drawing import within_top_p
-from textrl.policy import CausalPolicy
-from textrl.rollout import Rollout
+from textrl.rollout import Rollout, policy_in
 from textrl.stepwise import StepwiseLM
 
 from .ppo import PPO, PPOConfig
@@ -52,8 +51,7 @@ class NLPO(PPO):
         """Adds the mask policy; it is saved and restored with the agent."""
         super().build()
         self.mask_model = self.modules["mask_policy"] = frozen_copy(self.model)
-        mask_policy = CausalPolicy(self.mask_model, self.task.vocab_size, self.base.temperature)
-        self.mask_stepper = StepwiseLM(mask_policy)
+        self.mask_stepper = StepwiseLM(policy_in(self.base, self.mask_model))
 
     def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask policy's top-p tokens at each observation."""

@@ -30,13 +30,12 @@ from textrl.config import check
 from textrl.disk import could_be_folder, read_json, write_json
 from textrl.env import TextEnv
 from textrl.models import cast, load_model, pick_device, pick_dtype
-from textrl.policy import CausalPolicy
 from textrl.probing import longest_text
 from textrl.ratings import human_ceiling, load_ratings, openings, rating_groups
 from textrl.render import escape
 from textrl.reward_training import RewardModelConfig, train_reward_model
 from textrl.rewards import RewardModel
-from textrl.rollout import Rollout, sample_episodes
+from textrl.rollout import Rollout, policy_in, sample_episodes
 from textrl.runs import RUN, Checkpoints
 
 from .ppo import PPO
@@ -205,7 +204,7 @@ class _Run:
     def samples(self, env: Any, model: PreTrainedModel, prompts: Sequence[str]) -> Rollout:
         """One continuation of each prompt; the same random numbers for every model."""
         base: TextEnv = env.unwrapped
-        policy = CausalPolicy(model, base.task.vocab_size, base.temperature)
+        policy = policy_in(base, model)
         generator = torch.Generator().manual_seed(self.config.seed + 1000)
         return sample_episodes(base, policy, [{"prompt": p} for p in prompts], generator=generator)
 

@@ -20,7 +20,7 @@ from .generation import NotFinite, generate, stop_at
 from .models import load_model
 from .policy import CausalPolicy
 from .probing import longest_text
-from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, sample_episodes
+from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, policy_in, sample_episodes
 from .stepping import collect_groups, collect_stepped
 from .task import Task
 
@@ -75,7 +75,7 @@ def evaluated_policy(
 
     owner = model if isinstance(model, Agent) else None
     lm = load_model(model, base.task.tokenizer) if owner is None else owner.model
-    return CausalPolicy(lm, base.task.vocab_size, base.temperature), None if owner is None else owner.own_masks
+    return policy_in(base, lm), None if owner is None else owner.own_masks
 
 
 def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:

@@ -25,8 +25,7 @@ from .loop import Callback
 from .memory import Loss, accumulate_gradients, halving
 from .models import pick_device, recompute_blocks, tables, trainable
 from .optim import Optimizer
-from .policy import CausalPolicy
-from .rollout import Narrow, Rollout
+from .rollout import Narrow, Rollout, policy_in
 from .score_weight import ScoreWeight
 from .starting import starting_model
 from .stepwise import StepwiseLM
@@ -108,7 +107,7 @@ class Agent:
         rate = self.config.learning_rate
         self.learning_rate = (1e-3 if model is None else 1e-5) if rate is None else rate
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
-        self.policy = CausalPolicy(self.model, self.task.vocab_size, self.base.temperature)
+        self.policy = policy_in(self.base, self.model)
         self.policy.frozen_blocks = frozen_blocks(self.model)
         self.stepper = StepwiseLM(self.policy)  # in the environment it acts in
         self.predictor = StepwiseLM(self.policy)  # on observations from anywhere

@@ -29,8 +29,7 @@ from .env import TextEnv
 from .files import InputError, Rows, all_or_none, dataset_rows, found_at, is_file_name, read_rows
 from .formats import FILE_OF_ROWS
 from .offline import digest, example_ids, given_rollout
-from .policy import CausalPolicy
-from .rollout import Rollout, masks_along
+from .rollout import Rollout, masks_along, policy_in
 from .scores import reason, shorten
 from .task import Task
 from .vector import TextVectorEnv
@@ -166,7 +165,7 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
     if logged.allowed is None and (masks := masks_along(base.task, logged)) is not None:
         logged.allowed = masks.scatter(2, logged.responses[..., None], True)
     if base.reference is not None:
-        reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
+        reference = policy_in(base, base.reference)
         logged.ref_logprobs = batched_logprobs(reference, logged, tokens_at_once)
     if logged.log_ratios is None or bool(logged.logprobs.isnan().any()):
         return logged.scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from .generation import NotFinite
 from .kl import full_kl, k1, k3
 from .patient import Fault, Patient
-from .policy import CausalPolicy
+from .rollout import policy_in
 
 
 def finite(patient: Patient) -> str:
@@ -95,7 +95,7 @@ def kl(patient: Patient) -> str:
     base, rollout = patient.agent.base, patient.rollout
     if base.reference is None:
         return "no reference, no penalty"
-    reference = CausalPolicy(base.reference, patient.task.vocab_size, base.temperature)
+    reference = policy_in(base, base.reference)
     here, there = patient.logits(patient.policy, base.temperature), patient.logits(reference, base.temperature)
     logprobs, ref_logprobs = here.log_softmax(-1), there.log_softmax(-1)  # (n, V)
     full = full_kl(here, there)

@@ -34,7 +34,7 @@ from .episodes import as_episodes, check_whole
 from .logprobs import NEVER
 from .policy import CausalPolicy
 from .returns import discounted_returns
-from .rollout import Rollout, masks_along
+from .rollout import Rollout, masks_along, policy_in
 from .wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def ope(
     if penalised:
         check("penalised", penalised, base.reference is not None, "False without a reference")
         assert base.reference is not None
-        reference = CausalPolicy(base.reference, base.task.vocab_size, base.temperature)
+        reference = policy_in(base, base.reference)
         ref = batched_logprobs(reference, logged, TOKENS_AT_ONCE).double()
         possible = mask if logged.allowed is None else mask & (new > NEVER / 2)  # the others have a weight of 0
         rewards -= torch.where(possible, base.kl_coef * (new - ref), 0.0)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .batch import Rollout as Rollout
 from .batch import batched_logprobs, batched_readings, lower_states, pad_responses, without
@@ -24,6 +25,11 @@ from .vector import TextVectorEnv
 
 Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 """observations (N, L) -> an agent's own action masks (N, V)."""
+
+
+def policy_in(env: TextEnv | TextVectorEnv, model: PreTrainedModel) -> CausalPolicy:
+    """A model as it speaks in an environment, whoever's it is: over the task's tokens, at the one temperature."""
+    return CausalPolicy(model, env.task.vocab_size, env.temperature)
 
 
 def both_masks(
@@ -253,7 +259,7 @@ def _read_whole(
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
         rollout.logprobs = batched
     if env.reference is not None:
-        reference = CausalPolicy(env.reference, env.task.vocab_size, env.temperature)
+        reference = policy_in(env, env.reference)
         if same_blocks(policy.model, env.reference, policy.frozen_blocks):
             reference.frozen_blocks = policy.frozen_blocks
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
