@@ -35,7 +35,8 @@ from textrl.files import Rows, dataset_rows
 from textrl.offline import Epochs, digest, given_rollout
 from textrl.pairs import SIDES, AskedOnce, HeldOut, Pair, encoded_pairs, hold_out
 from textrl.preferences import REFERENCE_COLUMNS, read_pairs
-from textrl.rollout import Rollout, policy_in
+from textrl.rollout import Rollout, reference_beside
+from textrl.task import Task
 from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ class DPO(Agent):
         given: Tensor | None = None  # (N, 2), what the dataset says of the reference
         self._pairs: list[Pair] = []
         if dataset is not None:
-            chats = self.tokenizer if self.task.special_tokens else None  # as the task reads what a template writes
-            read = partial(read_pairs, tokenizer=chats, called="dataset")
-            self._pairs, given = encoded_pairs(self.task, dataset_rows(dataset, read))
+            rows = dataset_rows(dataset, partial(self.read_dataset, task=self.task))
+            self._pairs, given = encoded_pairs(self.task, rows)
         self.dataset_digest = digest([pair[:2] for pair in self._pairs])
         self.reference = AskedOnce(self.dataset_digest, _fingerprint(self.base.reference), len(self._pairs), given)
         held, self._learned = hold_out(self._pairs, self.config.held_out, self.config.seed)
@@ -129,9 +129,10 @@ class DPO(Agent):
         self._epochs = Epochs(self.generator)
 
     @classmethod
-    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
-        """The pairs of a file, in any format that `read_preferences` knows."""
-        return read_pairs(file, skip_bad_rows=skip_bad_rows, called="dataset")
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False, task: Task | None = None) -> Rows:
+        """The pairs of a file, in any format that `read_preferences` knows; chats as the task reads what is written."""
+        template = task.tokenizer if task is not None and task.special_tokens else None
+        return read_pairs(file, tokenizer=template, skip_bad_rows=skip_bad_rows, called="dataset")
 
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
@@ -159,7 +160,7 @@ class DPO(Agent):
                 f" as the environment's reference, or its log-probabilities in the columns {list(REFERENCE_COLUMNS)}"
             )
         model = self.base.reference or self.model
-        reference = policy_in(self.base, model)
+        reference = reference_beside(self.policy, self.base, model)
         sums = []
         for start in range(0, len(indices), 1024):
             part = indices[start : start + 1024]

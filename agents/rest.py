@@ -32,6 +32,7 @@ from textrl.episodes import as_episodes, episodes_digest, logged_source, take_in
 from textrl.memory import mean_of
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
+from textrl.task import Task
 from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class ReST(Agent):
             self.dataset_digest = episodes_digest(self._logged)
 
     @classmethod
-    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False, task: Task | None = None) -> Any:
         """The logged episodes of a file; a Minari dataset's folder is read later."""
         return logged_source(file, skip_bad_rows)
 

@@ -20,6 +20,7 @@ from textrl.files import Rows, dataset_rows, read_rows
 from textrl.offline import Epochs, digest, example_ids, given_rollout
 from textrl.returns import masked_mean
 from textrl.rollout import Rollout
+from textrl.task import Task
 from textrl.wrappers import AnyEnv
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class SFT(Agent):
         self._epochs = Epochs(self.generator)
 
     @classmethod
-    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Rows:
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False, task: Task | None = None) -> Rows:
         """The examples of a file."""
         return read_rows(file, numbers=["completion_ids"], skip_bad_rows=skip_bad_rows, called="dataset")
 

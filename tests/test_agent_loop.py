@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TransformReward
+from transformers.utils import logging as hub_logging
 
 import textrl
 from textrl.agents import PPO, REINFORCE, BestOfN
@@ -357,3 +358,37 @@ def test_what_was_read_before_an_update_is_read_again_after_it():
     assert not torch.equal(agent.before, after)
     agent.stepper.forget()
     torch.testing.assert_close(after, agent.stepper(observation))
+
+
+def test_what_an_agent_makes_in_build_is_the_same_for_the_same_seed():
+    class Wide(Same):
+        def build(self):
+            self.more = self.modules["more"] = torch.nn.Linear(3, 3)
+
+    def weight(seed):
+        torch.rand(seed + 1)  # the global generator is elsewhere each time
+        before = torch.get_rng_state()
+        agent = Wide(textrl.TextEnv(Copy()), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return agent.more.weight
+
+    assert torch.equal(weight(3), weight(3)) and not torch.equal(weight(3), weight(4))
+
+
+def test_the_weight_of_the_score_is_logged_where_an_update_asks_for_it():
+    task, rows = Copy(length=2), []
+    model = small_model(task.vocab_size, 16)
+    for kl_coef in (0.1, 0.0):
+        env = textrl.TextEnv(task, reference=copy.deepcopy(model), kl_coef=kl_coef)
+        REINFORCE(env, copy.deepcopy(model), batch_size=8, score_start=0.1).learn(
+            100, callback=lambda agent, metrics: rows.append(metrics.get("train/score_weight"))
+        )
+    weights = [weight for weight in rows if weight is not None]
+    assert weights[0] == pytest.approx(0.1) and weights == sorted(weights) and weights[-1] == 1
+    assert rows[len(weights) :] == [None] * (len(rows) - len(weights)) != []
+
+
+def test_saving_shows_no_bars_and_leaves_those_of_others(tmp_path, capsys):
+    REINFORCE(gym.make(ID)).save(tmp_path / "agent")
+    assert capsys.readouterr().err == ""
+    assert hub_logging.is_progress_bar_enabled()

@@ -339,3 +339,14 @@ def test_a_critic_on_a_trunk_of_its_own_comes_back_and_moves_nothing_else(tmp_pa
     ):
         torch.testing.assert_close(mine(tokens)[0], theirs(tokens)[0], atol=1e-6, rtol=1e-6)
     assert storage(again.model, fresh.reference) == storage(agent.model, agent.env.reference)
+
+
+def test_below_float32_a_new_adapter_is_its_reference_and_the_dtype_of_a_given_model_stays():
+    model = llama()
+    settings = {"peft_config": lora(target_modules=["q_proj"], fan_in_fan_out=False), "batch_size": 32}
+    kept = PPO(environment(model), model, **settings)
+    assert (model.dtype, kept.config.dtype) == (torch.float32, "float32")
+    agent = PPO(environment(model), model, dtype="bfloat16", **settings)
+    assert agent.model.dtype == torch.bfloat16
+    rollout = agent.collect()
+    assert rollout.drift > 0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -20,6 +22,7 @@ from textrl.envs.copy import Copy
 from textrl.models import load_model, small_model
 from textrl.reward_training import RewardModelConfig, _Training, train_reward_model
 from textrl.rewards import RewardModel
+from textrl.runs import alone
 from textrl.scalars import value_model
 
 
@@ -241,3 +244,30 @@ def test_a_classifier_that_reads_its_first_token_is_refused():
         ValueError, match=r"one label, and of a decoder, .*not BERT\); got BertForSequenceClassification"
     ):
         RewardModel(model, textrl.symbol_tokenizer("abc"))
+
+
+def test_transformers_reads_a_saved_reward_model_at_the_same_token(tmp_path):
+    """Where padding is the end token it would pool at the token before the end."""
+    model = RewardModel(*scorer())
+    assert model.model.config.pad_token_id == model.tokenizer.eos_token_id
+    model.save(tmp_path / "scorer")
+    assert model.model.config.pad_token_id == model.tokenizer.eos_token_id
+    there = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    for text in ("abc", "b"):
+        with torch.no_grad():
+            found = there(torch.tensor(model.encode([text]))).logits
+        assert found.item() == pytest.approx(model.scalars([text]).item(), abs=1e-5)
+    assert RewardModel.load(tmp_path / "scorer")([""], ["ca"]) == pytest.approx(model([""], ["ca"]), abs=1e-5)
+
+
+def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
+    model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
+    pairs = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 4
+    message = rf"log_dir must be a folder that no run writes to; one does to '{tmp_path}'"
+    with alone(tmp_path):
+        with pytest.raises(ValueError, match=message):
+            train_reward_model(model, pairs, log_dir=tmp_path)
+        with pytest.raises(ValueError, match=message):
+            PPO(textrl.TextEnv(Copy()), batch_size=4).learn(8, log_dir=tmp_path, resume=True)
+    assert not list(tmp_path.iterdir())
+    train_reward_model(model, pairs, log_dir=tmp_path)

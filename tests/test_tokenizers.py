@@ -314,3 +314,21 @@ def test_special_tokens_in_a_prompt_are_text_for_vocabularies_that_hold_them_as_
         assert (end in ids) == special
         scorer = RewardModel.from_language_model(small_model(len(tokenizer), 64), tokenizer, special_tokens=special)
         assert (end in scorer.encode([prompt])[0][:-1]) == special
+
+
+def test_chats_in_a_file_of_pairs_are_read_alike_from_python_and_from_the_command_line(tmp_path):
+    tokenizer = chat_tokenizer()
+    rows = [
+        {"prompt": [{"role": "user", "content": "ab"}], "chosen": [{"role": "assistant", "content": "cd"}],
+         "rejected": [{"role": "assistant", "content": "ef"}]}
+    ]  # fmt: skip
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(rows))
+    options = {"tokenizer": tokenizer, "prompts": ["a"], "reward": lambda completions: [0.0] * len(completions)}
+    env = gym.make("textrl/Text-v0", max_new_tokens=9, max_prompt_tokens=60, special_tokens=True, **options)
+    direct = DPO(env, dataset=file)
+    typed = DPO(env, dataset=DPO.read_dataset(file, False, env.unwrapped.task))
+    assert direct._pairs == typed._pairs
+    assert typed._pairs[0][0] == tokenizer.apply_chat_template(
+        rows[0]["prompt"], add_generation_prompt=True, return_dict=False
+    )

@@ -27,7 +27,7 @@ from .models import pick_device, recompute_blocks, tables, trainable
 from .optim import Optimizer
 from .rollout import Narrow, Rollout, policy_in
 from .score_weight import ScoreWeight
-from .starting import starting_model
+from .starting import keep_dtype, starting_model
 from .stepwise import StepwiseLM
 from .task import Task
 from .trunk import frozen_blocks
@@ -106,6 +106,8 @@ class Agent:
         self.generator = torch.Generator().manual_seed(self.config.seed)  # tokens, minibatches
         rate = self.config.learning_rate
         self.learning_rate = (1e-3 if model is None else 1e-5) if rate is None else rate
+        if peft_config is not None and isinstance(model, PreTrainedModel):
+            self.config = keep_dtype(self.config, model)
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = policy_in(self.base, self.model)
         self.policy.frozen_blocks = frozen_blocks(self.model)
@@ -128,7 +130,9 @@ class Agent:
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
-        self.build()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # what is made there is the same in every run
+            self.build()
         if self.config.activation_checkpointing:
             for module in self.modules.values():
                 if isinstance(module, PreTrainedModel):
@@ -156,8 +160,13 @@ class Agent:
         raise NotImplementedError(f"{type(self).__name__} must define update(rollout)")
 
     @classmethod
-    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False) -> Any:
+    def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False, task: Task | None = None) -> Any:
         """What `textrl train --dataset FILE` hands to the constructor as `dataset`: by default rows as they are.
+
+        Args:
+            file: the file.
+            skip_bad_rows: whether rows with a fault are left out and listed, in place of an error.
+            task: what is to be learned, for files that are read by its tokenizer.
 
         Raises:
             ValueError: for an agent that takes no dataset.

@@ -139,11 +139,15 @@ def named(given: str | None) -> str | None:
 
 def make_agent(run: dict[str, Any]) -> Agent:
     """The agent of a run as it was when the run began."""
+    from .attaching import base_env
+
     cls = agent_class(run["agent"])
     config = make_config(cls.config_class, None, run["config"])
     env = gym.make_vec(check_env_id(run["env"]), num_envs=config.batch_size, **run["env_kwargs"])
     check("--dataset", None, not cls.needs_dataset or bool(run["dataset"]), f"given for {cls.__name__} to learn")
-    extra = {"dataset": cls.read_dataset(run["dataset"], run["skip_bad_rows"])} if run["dataset"] else {}
+    extra = {}
+    if run["dataset"]:
+        extra["dataset"] = cls.read_dataset(run["dataset"], run["skip_bad_rows"], base_env(env).task)
     try:
         inspect.signature(cls).bind(env, run["model"], config, **extra)
     except TypeError as error:

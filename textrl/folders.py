@@ -47,7 +47,8 @@ def whole_folder(folder: Path, scorer: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"folder {str(folder)!r} could not be written: {error}") from error
     try:
         part.chmod(0o755)
-        yield part
+        with _no_bars():
+            yield part
         for each in [*part.rglob("*"), part]:
             sync(each)
         if folder.exists():
@@ -62,6 +63,20 @@ def whole_folder(folder: Path, scorer: bool = False) -> Iterator[Path]:
             old.rename(folder)
         for each in (part, old):
             shutil.rmtree(each, ignore_errors=True)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers shows for every model it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_kind(folder: Path, scorer: bool) -> None:

@@ -22,7 +22,7 @@ from .logging import RunLog
 from .memory import explained
 from .models import few_threads
 from .rollout import Rollout
-from .runs import Checkpoints, Due, Signals
+from .runs import Checkpoints, Due, Signals, alone
 from .scores import shorten
 from .state import forget_caches
 from .watch import Watch
@@ -71,6 +71,11 @@ def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     check_type("total_timesteps", total, "int | float | None")
     check("total_timesteps", total, total is None or total > 0, "above 0")
     folder = None if run.log_dir is None else Path(run.log_dir)
+    with alone(folder):
+        _learn(agent, total, run, folder)
+
+
+def _learn(agent: Agent, total: int | None, run: Run, folder: Path | None) -> None:
     saved = None if folder is None else Checkpoints(folder, run.keep)
     if run.resume and saved is not None:
         saved.go_on(lambda found: checkpoint.restore(agent, found))
@@ -170,6 +175,8 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
             left = (goal - agent.num_timesteps - rollout.num_tokens) / total
             agent.anneal(_share_of_rate(agent.config, agent.progress_remaining, left))
             metrics = {**rollout.metrics(), **_numbers(agent, agent.update(rollout))}
+            if agent.score_weight.asked:
+                metrics["train/score_weight"] = agent.score_weight.value
     agent.stepper.forget()
     agent.predictor.forget()
     forget_caches(agent.env)

@@ -33,6 +33,8 @@ class CausalPolicy:
         self.temperature = temperature
         self.frozen_blocks = 0
         """Lower blocks whose states `hidden` may be given as `below`."""
+        self.own_forward = False
+        """Whether the model's own forward runs on whole texts, where there is a faster one."""
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +52,8 @@ class CausalPolicy:
         """
         if head_of(self.model) is None:
             return self.model(input_ids=tokens, **{**unremembered(self.model), **forward}).logits[rows, columns]
-        return trunk_states(self.model, tokens, rows, columns, below, self.frozen_blocks, **forward)
+        own, blocks = self.own_forward, self.frozen_blocks
+        return trunk_states(self.model, tokens, rows, columns, below, blocks, own, **forward)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32, not yet divided by the temperature: (n, d) -> (n, V)."""
@@ -137,11 +140,12 @@ def trunk_states(
     columns: Tensor,
     below: Tensor | None = None,
     blocks: int = 0,
+    own_forward: bool = False,
     **forward: Any,
 ) -> Tensor:
     """The trunk's last states at the places (rows, columns): (B, S) -> (n, d); `below` as for `values_at`."""
     below = below if blocks else None
-    flat = flat_of(model) if len(rows) and not forward else None
+    flat = flat_of(model) if len(rows) and not forward and not own_forward else None
     if flat is not None:
         return states_at(flat, tokens, rows, columns, below, 0 if below is None else blocks)
     if below is not None:

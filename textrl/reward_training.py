@@ -31,7 +31,7 @@ from .loop import Run
 from .models import tables, train_last_layers, trainable
 from .optim import Optimizer
 from .preferences import read_pairs
-from .runs import Checkpoints, Due, Signals
+from .runs import Checkpoints, Due, Signals, alone
 from .scores import shorten
 
 if TYPE_CHECKING:
@@ -213,6 +213,50 @@ def _warn_of_cut_texts(reward_model: RewardModel, pairs: Dataset) -> None:
         warnings.warn(f"{what}: longer ones lose their beginning", stacklevel=3)
 
 
+def _learn(training: _Training, run: Run) -> None:
+    """Takes every step of a training, or those that are left of it."""
+    folder = None if run.log_dir is None else Path(run.log_dir)
+    saved = None if folder is None else Checkpoints(folder, run.keep)
+    if run.resume and saved is not None:
+        saved.go_on(training.restore)
+    elif saved is not None:
+        saved.refuse()
+    now = training.now
+    due = None
+    if run.checkpoint_every is not None:
+        due = Due(**{"next": run.checkpoint_every, **(now.due or {}), "every": run.checkpoint_every})
+    log = RunLog(
+        folder,
+        run.progress_bar,
+        training.config.epochs * len(training.pairs),
+        "reward model",
+        unit="pairs",
+        after=now.step,
+        timesteps=now.seen,
+    )
+    log.compare(now.log)
+    with log, Signals(due is not None) as signals:
+        while now.step < len(training.batches):
+            metrics = training.step()
+            log.write(metrics, now.seen, now.step, now.seen)
+            if now.stuck >= SKIPS_IN_A_ROW:
+                raise TrainingError(
+                    f"loss or gradient of the reward model was not finite in {SKIPS_IN_A_ROW} steps in a row;"
+                    f" {last_good(saved)}; a lower learning_rate usually mends it"
+                )
+            if saved is None or due is None:
+                continue
+            due.note(-metrics["train/loss"])
+            if due.due(now.seen, last=now.step == len(training.batches)) or signals.caught:
+                if spoilt(training.reward_model.model.parameters()):
+                    raise TrainingError(
+                        f"the reward model's weights are not finite after {now.step} steps; {last_good(saved)}; a lower"
+                        " learning_rate usually mends it"
+                    )
+                now.log, now.due = log.sync(), dataclasses.asdict(due)
+                signals.leave(saved.write(now.seen, training.save, due.best))
+
+
 def train_reward_model(
     reward_model: RewardModel,
     pairs: Dataset | Sequence[Mapping[str, Any]] | str | Path,
@@ -250,47 +294,10 @@ def train_reward_model(
     if not hasattr(reward_model, "pair_scalars"):
         raise ValueError(f"reward_model must be a RewardModel; got {shorten(reward_model)}")
     data = _to_learn_from(pairs_of(pairs, reward_model))
-    Run(log_dir=log_dir, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
+    run = Run(log_dir=log_dir, progress_bar=progress_bar, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
     config = make_config(RewardModelConfig, config, settings)
     _warn_of_cut_texts(reward_model, data)
     training = _Training(reward_model, data, config)
-    saved = None if log_dir is None else Checkpoints(Path(log_dir), keep)
-    if resume and saved is not None:
-        saved.go_on(training.restore)
-    elif saved is not None:
-        saved.refuse()
-    now = training.now
-    due = None
-    if checkpoint_every is not None:
-        due = Due(**{"next": checkpoint_every, **(now.due or {}), "every": checkpoint_every})
-    log = RunLog(
-        log_dir,
-        progress_bar,
-        config.epochs * len(data),
-        "reward model",
-        unit="pairs",
-        after=now.step,
-        timesteps=now.seen,
-    )
-    log.compare(now.log)
-    with log, Signals(due is not None) as signals:
-        while now.step < len(training.batches):
-            metrics = training.step()
-            log.write(metrics, now.seen, now.step, now.seen)
-            if now.stuck >= SKIPS_IN_A_ROW:
-                raise TrainingError(
-                    f"loss or gradient of the reward model was not finite in {SKIPS_IN_A_ROW} steps in a row;"
-                    f" {last_good(saved)}; a lower learning_rate usually mends it"
-                )
-            if saved is None or due is None:
-                continue
-            due.note(-metrics["train/loss"])
-            if due.due(now.seen, last=now.step == len(training.batches)) or signals.caught:
-                if spoilt(reward_model.model.parameters()):
-                    raise TrainingError(
-                        f"the reward model's weights are not finite after {now.step} steps; {last_good(saved)}; a lower"
-                        " learning_rate usually mends it"
-                    )
-                now.log, now.due = log.sync(), dataclasses.asdict(due)
-                signals.leave(saved.write(now.seen, training.save, due.best))
+    with alone(None if log_dir is None else Path(log_dir)):
+        _learn(training, run)
     reward_model.model.requires_grad_(False)

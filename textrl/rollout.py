@@ -15,6 +15,7 @@ from .batch import batched_logprobs, batched_readings, lower_states, pad_respons
 from .config import check
 from .drawing import Sampling
 from .env import TextEnv
+from .flat import flat_of
 from .formats import Row
 from .generation import generate
 from .policy import CausalPolicy
@@ -30,6 +31,19 @@ Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 def policy_in(env: TextEnv | TextVectorEnv, model: PreTrainedModel) -> CausalPolicy:
     """A model as it speaks in an environment, whoever's it is: over the task's tokens, at the one temperature."""
     return CausalPolicy(model, env.task.vocab_size, env.temperature)
+
+
+def reference_beside(policy: CausalPolicy, env: TextEnv | TextVectorEnv, model: PreTrainedModel) -> CausalPolicy:
+    """A frozen model that a policy is compared with, read in the policy's way where that would round otherwise.
+
+    Below float32 two ways to compute the same differ by some hundredths of a nat, and a policy with an adapter takes
+    another than its reference could: the KL of two that are equal would not be 0.
+    """
+    reference = policy_in(env, model)
+    if same_blocks(policy.model, model, policy.frozen_blocks):
+        reference.frozen_blocks = policy.frozen_blocks
+    reference.own_forward = policy.model.dtype != torch.float32 and flat_of(policy.model) is None
+    return reference
 
 
 def both_masks(
@@ -259,9 +273,7 @@ def _read_whole(
         rollout.drift = float(masked_mean((batched - rollout.logprobs).abs(), rollout.action_mask))
         rollout.logprobs = batched
     if env.reference is not None:
-        reference = policy_in(env, env.reference)
-        if same_blocks(policy.model, env.reference, policy.frozen_blocks):
-            reference.frozen_blocks = policy.frozen_blocks
+        reference = reference_beside(policy, env, env.reference)
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
         assert rollout.log_ratios is not None
         rollout.rewards -= env.kl_coef * rollout.log_ratios

@@ -8,7 +8,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,8 +18,39 @@ from typing import Any, Self
 from .disk import sync
 from .folders import MANIFEST, CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RUN, FOLDER, BEST, FINAL = "run.json", "checkpoints", "best", "final"
 """In a run's folder: what it was told, as JSON; the checkpoints; a link to the best of them; the agent at the end."""
+
+
+@contextmanager
+def alone(run: Path | None) -> Iterator[None]:
+    """Keeps every other process from writing into a run's folder, as long as this lasts; None: there is no folder.
+
+    The lock goes with the process that has it, however that ends. Where there are no such locks nothing is kept.
+
+    Raises:
+        ValueError: where another process has it.
+    """
+    if run is None or fcntl is None:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"log_dir must be a folder that no run writes to; one does to {str(run)!r}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Checkpoints:

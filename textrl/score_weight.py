@@ -44,17 +44,18 @@ class ScoreWeight:
         value: the weight in force.
         first: what it began with, where `start` is None; None before there was a spread.
         rising: whether it is on its way.
+        asked: whether an update asked for it since `reset`.
     """
 
     not_saved: ClassVar = ("start",)
 
     def __init__(self, start: float | None) -> None:
-        self.start, self.value, self.rising = start, 1.0, False
+        self.start, self.value, self.rising, self.asked = start, 1.0, False, False
         self.first: float | None = None
 
     def reset(self, rising: bool) -> None:
         """The whole score again, until an update asks."""
-        self.value, self.rising = 1.0, rising
+        self.value, self.rising, self.asked = 1.0, rising, False
 
     def weigh(self, scores: Tensor, kl_coef: float, done: float) -> float:
         """Sets and returns the weight for an update that learns from these scores.
@@ -64,6 +65,7 @@ class ScoreWeight:
             kl_coef: of the penalty they stand against, above 0.
             done: the share of `learn` that is over.
         """
+        self.asked = True
         if not self.rising:
             return self.value
         start = self.first if self.start is None else self.start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,19 @@ import torch
 from .adapters import CONFIG, add_adapter, has_adapter, learn_adapter, lies_at, load_adapted, share_base, twin
 from .config import AgentConfig, check
 from .env import TextEnv
-from .models import cast, load_model, pick_dtype, small_model, train_last_layers
+from .models import DTYPES, cast, load_model, pick_dtype, small_model, train_last_layers
 from .stepwise import check_positions
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+
+def keep_dtype(config: AgentConfig, model: PreTrainedModel) -> AgentConfig:
+    """The dtype "auto" settled as that of a model that gets an adapter: its weights are its owner's, too."""
+    own = str(model.dtype).removeprefix("torch.")
+    return replace(config, dtype=own) if config.dtype == "auto" and own in DTYPES else config
 
 
 def starting_model(
