@@ -77,6 +77,16 @@ class Memory:
         return [float(i) for i in range(len(prompts))]
 
 
+class Novelty:
+    """Pays for what it has not seen yet."""
+
+    def score(self, prompts, completions, **columns):
+        seen, texts = vars(self).setdefault("seen", set()), list(zip(prompts, completions, strict=True))
+        found = [float(text not in seen) for text in texts]
+        seen.update(texts)
+        return found
+
+
 class LooksAhead:
     """Every token is worth the length of the whole response."""
 
@@ -165,9 +175,13 @@ PLANTED = {
         "padding",
         looking_ahead,
     ),
-    "order of a batch changes": (
+    "order of a batch, or who is in it, changes": (
         "order of the batch",
         lambda: agent_on(policy=hooked(lambda x: x + torch.arange(len(x))[:, None, None] * torch.linspace(-1, 1, 64))),
+    ),
+    "order of a batch.*layer norm in place of batch norm": (
+        "order of the batch",
+        lambda: agent_on(policy=hooked(lambda x: x - 0.1 * x.mean(0, keepdim=True))),
     ),
     "drawn at temperature 2 and scored by the environment at 1": ("temperature", hotter),
     "KL penalty of a stepped episode has the wrong sign": (
@@ -195,6 +209,10 @@ PLANTED = {
     "score is 0 and then 15 .*looks at each response alone": (
         "score determinism",
         lambda: agent_on(textrl.TextEnv(copy_task(Memory))),
+    ),
+    "score is 1 and then 0 .*without memory": (
+        "score determinism",
+        lambda: agent_on(textrl.TextEnv(copy_task(Novelty))),
     ),
     "score raised OSError: no disk": ("score determinism", lambda: agent_on(textrl.TextEnv(copy_task(Raises)))),
     "is paid 0.1 beside the score": (

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from textrl import cli
+from textrl.agents import PPO
 from textrl.plugins import agent_class, agent_classes
 
 CODE = '''"""Waits: learns nothing (Nobody 2026)."""
@@ -55,3 +56,14 @@ def test_a_package_that_breaks_is_named_and_the_others_work(installed, tmp_path,
     assert "warning: agent 'waiting:Waits' cannot be imported: out of order" in found.err
     assert cli.main(["train", "waits", "--env", "textrl/Copy-v0"]) == 2
     assert capsys.readouterr().err == "textrl: error: agent 'waiting:Waits' cannot be imported: out of order\n"
+
+
+def test_a_package_does_not_take_the_place_of_an_agent_of_ours(installed, tmp_path, capsys):
+    (tmp_path / "site/waiting-1.0.dist-info/entry_points.txt").write_text("[textrl.agents]\nppo = waiting:Waits\n")
+    assert agent_class("ppo") is PPO
+    assert cli.main(["agents"]) == 0
+    found = capsys.readouterr()
+    assert found.out.count("ppo ") == 1
+    assert (
+        "warning: agent 'waiting:Waits' of another package is called 'ppo' as one of textrl is: left out" in found.err
+    )

@@ -70,8 +70,9 @@ def collect(
     policy, narrow = evaluated_policy(model, base)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(int(seed))
     folder = dataset_folder(dataset)
-    new = could_be_folder(folder) and not (folder.is_dir() and any(folder.iterdir()))
+    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check("dataset", str(folder), new, "a new folder, or one that is empty")
+    check("dataset", str(folder), could_be_folder(folder), "in a folder that can be written")
     stepper = StepwiseLM(policy)
     storage: Any = None  # made when there is something to write
     with few_threads(policy.model), _whole(folder), attached(env, stepper, narrow) as missing:

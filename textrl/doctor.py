@@ -154,6 +154,7 @@ def _causal(patient: Patient) -> str:
 
 CHECKS: dict[str, Callable[[Patient], str]] = {
     "finite logits": finite,
+    "score determinism": determinism,  # before others ask: a score with memory would know all texts
     "ratio at the first minibatch": ratio,
     "padding": padding,
     "order of the batch": order,
@@ -161,7 +162,6 @@ CHECKS: dict[str, Callable[[Patient], str]] = {
     "KL penalty": kl,
     "end token": end_token,
     "tokenizer round trip": round_trip,
-    "score determinism": determinism,
     "reward at the last token": last_token,
     "gradients": gradients,
 }

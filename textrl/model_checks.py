@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ def ratio(patient: Patient) -> str:
 
 def padding(patient: Patient) -> str:
     """A row alone, and the same row with padding after it, have the same log-probabilities."""
-    whole, batch = patient.logprobs(patient.rollout), patient.rollout
-    empty = batch.tokens.new_full((len(batch), 5), patient.task.eos_token_id)
-    longer = copy.copy(batch)
-    longer.tokens, longer.below = torch.cat([batch.tokens, empty], 1), None
-    error = patient.largest(patient.logprobs(longer) - whole)
-    for i in range(min(4, len(batch))):
-        alone = patient.logprobs(batch.select(torch.tensor([i], device=batch.tokens.device)))[0]
-        error = max(error, float(((alone - whole[i, : len(alone)]) * batch.action_mask[i, : len(alone)]).abs().max()))
+    device, some = patient.agent.device, range(min(4, len(patient.rollout)))
+    alone = [patient.rollout.select(torch.tensor([i], device=device)) for i in some]
+    error = 0.0
+    for batch in (patient.rollout, *alone):
+        empty = batch.tokens.new_full((len(batch), 5), patient.task.eos_token_id)
+        longer = replace(batch, tokens=torch.cat([batch.tokens, empty], 1), below=None)
+        apart = (patient.logprobs(longer) - patient.logprobs(batch)) * batch.action_mask
+        error = max(error, float(apart.abs().max()))
     if not error < patient.near:
         raise Fault(
             f"padding changes log-probabilities by up to {error:.2g}",
@@ -57,12 +57,17 @@ def padding(patient: Patient) -> str:
 
 def order(patient: Patient) -> str:
     """A row's result does not depend on where in the batch it stands, or beside which."""
-    turned = torch.arange(len(patient.rollout) - 1, -1, -1, device=patient.rollout.tokens.device)
-    there = patient.logprobs(patient.rollout.select(turned))
-    error = patient.largest(there[turned] - patient.logprobs(patient.rollout))
+    batch, here = patient.rollout, patient.logprobs(patient.rollout)
+    turned = torch.arange(len(batch) - 1, -1, -1, device=batch.tokens.device)
+    error = patient.largest(patient.logprobs(batch.select(turned))[turned] - here)
+    for i in range(min(4, len(batch))):  # alone, as wide as it is beside the others
+        one = batch.select(turned.new_tensor([i]))
+        wide = replace(one, tokens=batch.tokens[i : i + 1], below=None)
+        apart = (patient.logprobs(wide)[0] - here[i, : one.action_mask.shape[1]]) * one.action_mask[0]
+        error = max(error, float(apart.abs().max()))
     if not error < patient.near:
         raise Fault(
-            f"the order of a batch changes log-probabilities by up to {error:.2g}",
+            f"the order of a batch, or who is in it, changes log-probabilities by up to {error:.2g}",
             "a model whose rows do not see each other: layer norm in place of batch norm",
         )
     return f"the same to {error:.1g}"

@@ -15,14 +15,24 @@ if TYPE_CHECKING:
     from .agent import Agent
 
 
+def own_agents() -> dict[str, type[Agent]]:
+    """Our own agents by name."""
+    agents = importlib.import_module("textrl.agents")
+    return {name: getattr(agents, name) for name in agents.__all__}
+
+
 def agent_classes() -> dict[str, type[Agent]]:
     """Our own agents and those that other packages name in the entry-point group `textrl.agents`.
 
-    One that cannot be imported is left out with a warning.
+    One that cannot be imported, or is called as one of ours, is left out with a warning.
     """
-    agents = importlib.import_module("textrl.agents")
-    found = {name: getattr(agents, name) for name in agents.__all__}
+    found = own_agents()
+    taken = {name.lower() for name in found}
     for entry in entry_points(group="textrl.agents"):
+        if entry.name.lower() in taken:
+            said = f"agent {entry.value!r} of another package is called {entry.name!r} as one of textrl is: left out"
+            warnings.warn(said, stacklevel=2)
+            continue
         try:
             found[entry.name] = agent_at(entry.value)
         except ValueError as error:
@@ -62,6 +72,9 @@ def agent_class(name: str) -> type[Agent]:
             return agent_at(name)
         finally:
             sys.path.pop(0)
+    known = {key.lower(): cls for key, cls in own_agents().items()}
+    if name.lower() in known:
+        return known[name.lower()]
     for entry in entry_points(group="textrl.agents"):
         if entry.name.lower() == name.lower():
             return agent_at(entry.value)
