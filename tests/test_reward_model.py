@@ -263,7 +263,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_same_token(tmp_path):
 def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
     model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
     pairs = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 4
-    message = rf"log_dir must be a folder that no run writes to; one does to '{tmp_path}'"
+    message = rf"log_dir must not be in use; another process writes to '{tmp_path}'"
     with alone(tmp_path):
         with pytest.raises(ValueError, match=message):
             train_reward_model(model, pairs, log_dir=tmp_path)

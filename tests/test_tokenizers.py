@@ -326,6 +326,10 @@ def test_chats_in_a_file_of_pairs_are_read_alike_from_python_and_from_the_comman
     file.write_text(json.dumps(rows))
     options = {"tokenizer": tokenizer, "prompts": ["a"], "reward": lambda completions: [0.0] * len(completions)}
     env = gym.make("textrl/Text-v0", max_new_tokens=9, max_prompt_tokens=60, special_tokens=True, **options)
+    with pytest.raises(
+        ValueError, match=r"column 'prompt' must be a text \(a chat template makes one of messages: read_"
+    ):
+        DPO(env, dataset=rows)
     direct = DPO(env, dataset=file)
     typed = DPO(env, dataset=DPO.read_dataset(file, False, env.unwrapped.task))
     assert direct._pairs == typed._pairs

@@ -47,7 +47,11 @@ def text_of(row: Mapping[str, Any], column: str, empty: bool = True) -> str:
     """
     value = value_of(row, column)
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} must be a text; got {shorten(value)}")
+        chat = isinstance(value, list) and any(isinstance(each, Mapping) and "role" in each for each in value)
+        more = (
+            " (a chat template makes one of messages: read_preferences(rows, tokenizer=...) for pairs)" if chat else ""
+        )
+        raise ValueError(f"column {column!r} must be a text{more}; got {shorten(value)}")
     check_text(f"column {column!r}", value)
     if not empty and not value.strip():
         raise ValueError(f"column {column!r} must be a text that is not empty; got {shorten(value)}")

@@ -84,11 +84,12 @@ def _learn(agent: Agent, total: int | None, run: Run, folder: Path | None) -> No
     call = agent.call = _this_call(agent, total)
     due = None if run.checkpoint_every is None else _due(agent, run.checkpoint_every, saved)
     start, goal = call["start"], call["start"] + call["total"]
+    dtype = str(agent.model.dtype).removeprefix("torch.")
     log = RunLog(
         folder,
         run.progress_bar,
         call["total"],
-        type(agent).__name__,
+        f"{type(agent).__name__} ({dtype} on {agent.device})",
         after=agent.num_updates,
         timesteps=agent.num_timesteps,
     )

@@ -45,7 +45,7 @@ def alone(run: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"log_dir must be a folder that no run writes to; one does to {str(run)!r}") from None
+            raise ValueError(f"log_dir must not be in use; another process writes to {str(run)!r}") from None
         except OSError:  # a file system without locks
             pass
         yield
