@@ -389,6 +389,12 @@ def test_the_weight_of_the_score_is_logged_where_an_update_asks_for_it():
 
 
 def test_saving_shows_no_bars_and_leaves_those_of_others(tmp_path, capsys):
-    REINFORCE(gym.make(ID)).save(tmp_path / "agent")
-    assert capsys.readouterr().err == ""
-    assert hub_logging.is_progress_bar_enabled()
+    before = hub_logging.is_progress_bar_enabled()  # the command line, in another test, hides them all
+    try:
+        hub_logging.enable_progress_bar()
+        REINFORCE(gym.make(ID)).save(tmp_path / "agent")
+        assert capsys.readouterr().err == ""
+        assert hub_logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            hub_logging.disable_progress_bar()
