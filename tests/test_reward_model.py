@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -17,12 +20,12 @@ from transformers import (
 )
 
 import textrl
+from textrl import cli
 from textrl.agents import PPO
 from textrl.envs.copy import Copy
 from textrl.models import load_model, small_model
 from textrl.reward_training import RewardModelConfig, _Training, train_reward_model
 from textrl.rewards import RewardModel
-from textrl.runs import alone
 from textrl.scalars import value_model
 
 
@@ -264,10 +267,16 @@ def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
     model = RewardModel.from_language_model(small_model(4, 16), textrl.symbol_tokenizer("abc"))
     pairs = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 4
     message = rf"log_dir must not be in use; another process writes to '{tmp_path}'"
-    with alone(tmp_path):
+    code = f"from pathlib import Path; from textrl.runs import alone\nwith alone(Path({str(tmp_path)!r})):\n"
+    code += "    print('mine', flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
         with pytest.raises(ValueError, match=message):
             train_reward_model(model, pairs, log_dir=tmp_path)
         with pytest.raises(ValueError, match=message):
             PPO(textrl.TextEnv(Copy()), batch_size=4).learn(8, log_dir=tmp_path, resume=True)
-    assert not list(tmp_path.iterdir())
+        command = f"train ppo --env textrl/Copy-v0 --total-timesteps 8 --log-dir {tmp_path} --quiet"
+        assert cli.main(command.split()) == 2
+        assert not list(tmp_path.iterdir())
+        other.kill()
     train_reward_model(model, pairs, log_dir=tmp_path)

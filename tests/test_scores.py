@@ -16,7 +16,7 @@ import torch
 
 import textrl
 from textrl.agents import GRPO, PPO, REINFORCE, BestOfN, ReST
-from textrl.asking import AllDropped, Asking, ask
+from textrl.asking import AllDropped, Asking
 from textrl.envs.copy import Copy
 from textrl.failures import TrainingError
 from textrl.returns import group_normalised, leave_one_out
@@ -380,20 +380,10 @@ def test_a_column_of_scores_is_told_to_be_squeezed(column):
         task.evaluate([{"prompt": "a"}] * 2, [[1, 2, 0], [1, 0]])
 
 
-def test_tensors_of_a_number_a_token_are_lists_and_tensors_of_one_number_are_numbers():
-    ids = [[1, 2, 0], [1]]
-    by_token = text_env(lambda completion_ids, **_: [torch.arange(1.0, len(i) + 1) for i in completion_ids])
-    found = by_token.unwrapped.task.evaluate([{"prompt": "a"}] * 2, ids)
-    assert found.totals.tolist() == [6, 1] and [each.tolist() for each in found.tokens] == [[1, 2, 3], [1]]
-    plain = text_env(lambda completion_ids, **_: [torch.ones(1) for _ in completion_ids])
-    found = plain.unwrapped.task.evaluate([{"prompt": "a"}] * 2, ids)
-    assert found.totals.tolist() == [1, 1] and found.tokens is None
-
-    def sometimes(completion_ids, **_):
-        return [torch.ones(1) if len(i) < 3 else torch.full((1,), torch.nan) for i in completion_ids]
-
-    columns = {"prompts": ["a"] * 3, "completions": ["b"] * 3, "completion_ids": [[1], [1, 0], [1, 2, 0]]}
-    assert set(ask(sometimes, columns, Asking(drop=True)).faults) == {2}
+def test_a_tensor_of_a_number_a_token_is_told_to_be_a_list():
+    task = text_env(lambda completion_ids: [torch.ones(len(ids)) for ids in completion_ids]).unwrapped.task
+    with pytest.raises(ScoreError, match=r"or a list for a number a token \(tolist\(\) makes one\); got tensor"):
+        task.evaluate([{"prompt": "a"}], [[1, 2, 0]])
 
 
 def test_a_score_may_be_a_coroutine_inside_a_loop_of_its_callers_too():
@@ -407,3 +397,20 @@ def test_a_score_may_be_a_coroutine_inside_a_loop_of_its_callers_too():
         return text_env(reward).unwrapped.task.evaluate([{"prompt": "a"}], [[1, 2, 0]]).totals.tolist()
 
     assert asyncio.run(asked(score)) == [2] and asyncio.run(asked(both)) == [6]
+
+
+def test_a_coroutine_keeps_its_event_loop_and_nobody_waits_for_one_that_hangs():
+    loops = []
+
+    async def score(completions, **_):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(60 * (len(loops) > 2))
+        return [0.0] * len(completions)
+
+    task = text_env(score).unwrapped.task
+    task.asking = Asking(timeout=1.0)
+    for _ in range(2):
+        task.evaluate([{"prompt": "a"}], [[1, 2, 0]])
+    assert loops[0] is loops[1]
+    with pytest.raises(ScoreError, match="no answer within 1 s"):
+        task.evaluate([{"prompt": "a"}], [[1, 0]])

@@ -399,3 +399,10 @@ def test_device_and_dtype_may_be_torchs_own():
     agent = PPO(gym.make("textrl/Copy-v0"), device=torch.device("cpu"), dtype=torch.float32)
     assert (agent.config.device, agent.config.dtype) == ("cpu", "float32")
     refused("or a device torch has; got 'float32'", lambda: PPO(gym.make("textrl/Copy-v0"), device=torch.float32))
+
+
+def test_a_task_may_have_its_functions_on_itself():
+    task = Half("")
+    task.score = lambda prompts, completions, **columns: [1.0] * len(prompts)
+    task.prompts = lambda: [{"prompt": "a"}]
+    assert textrl.solve(task).score == 1

@@ -22,6 +22,7 @@ from .policy import CausalPolicy
 from .probing import longest_text
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, policy_in, sample_episodes
 from .stepping import collect_groups, collect_stepped
+from .stepwise import StepwiseLM
 from .task import Task
 
 if TYPE_CHECKING:
@@ -111,9 +112,10 @@ def on_observation(
         masks = np.atleast_2d(np.asarray(action_masks)).astype(np.bool_)
         check("action_masks", masks.shape, masks.shape == shape, f"of shape {shape}")
         check("action_masks", action_masks, bool(masks.any(1).all()), "masks with at least one token in each row")
+    stepper = StepwiseLM(agent.policy)  # a new one: weights may have changed in ways that an old one does not see
     masks = both_masks(masks, agent.own_masks, observations)
     sampling = Sampling(agent.base.temperature, greedy=deterministic)
-    tokens, logprobs = draw_inside(agent.predictor(observations), masks, sampling, agent.generator)
+    tokens, logprobs = draw_inside(stepper(observations), masks, sampling, agent.generator)
     if not logprobs.isfinite().all():
         raise NotFinite
     actions = tokens.cpu().numpy()

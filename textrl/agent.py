@@ -55,7 +55,7 @@ class Agent:
     Attributes (those of an agent of one's own need other names):
         env, base: the environment as it was given, and the `TextEnv` or `TextVectorEnv` inside its wrappers.
         task, tokenizer: the environment's.
-        policy, stepper, predictor: `model` on whole texts; token by token for `act`, and for `predict`.
+        policy, stepper: `model` as log-probabilities of whole texts, and token by token.
         device, rng, generator, modules, optimizer: where and how it learns; `modules` by name are saved and learn.
         model: the policy, a `PreTrainedModel`.
         config: the settings in force.
@@ -111,8 +111,7 @@ class Agent:
         self.model = starting_model(model, self.base, self.config, self.device, peft_config)
         self.policy = policy_in(self.base, self.model)
         self.policy.frozen_blocks = frozen_blocks(self.model)
-        self.stepper = StepwiseLM(self.policy)  # in the environment it acts in
-        self.predictor = StepwiseLM(self.policy)  # on observations from anywhere
+        self.stepper = StepwiseLM(self.policy)
         self.modules: dict[str, nn.Module] = {"policy": self.model}
         self.tokenizers: dict[str, PreTrainedTokenizerFast] = {}  # of modules that have one of their own
         self.dataset_digest = ""  # of the data given to learn from: a run goes on with the same alone
@@ -130,7 +129,7 @@ class Agent:
         self.halved = False  # whether memory has not sufficed once
         self.state_value: Callable[[Tensor], Tensor] | None = None  # `build` may set one, asked while sampling
         ask_as_configured(self)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)  # what is made there is the same in every run
             self.build()
         if self.config.activation_checkpointing:

@@ -108,11 +108,11 @@ def _check(given: Any, columns: Columns) -> Scores:
 
 def _joined(found: list[Scores | ScoreError], asking: Asking) -> Scores:
     """Scores of single responses as those of a batch; NaN, and zeros for each token, where there is a fault."""
-    forms = [_by_token(each) for each in found if isinstance(each, Scores)]
-    by_token = next((form for form in forms if form is not None), bool(forms))
+    whole = [each for each in found if isinstance(each, Scores)]
+    by_token = bool(whole) and whole[0].tokens is not None
     totals, tokens, faults = np.full(len(found), np.nan), [np.zeros(1)] * len(found), {}
     for i, each in enumerate(found):
-        if isinstance(each, Scores) and _by_token(each) not in (by_token, None):
+        if isinstance(each, Scores) and (each.tokens is not None) != by_token:
             each = ScoreError("score must give a list for every response or for none")
         if isinstance(each, ScoreError):
             if not asking.drop:
@@ -123,13 +123,6 @@ def _joined(found: list[Scores | ScoreError], asking: Asking) -> Scores:
         if each.tokens is not None:
             tokens[i] = each.tokens[0]
     return Scores(totals, tokens if by_token else None, faults)
-
-
-def _by_token(scores: Scores) -> bool | None:
-    """Whether the score of a response is a list; None for a list of one, which is as good as a number."""
-    if scores.tokens is not None and len(scores.tokens[0]) == 1:
-        return None
-    return scores.tokens is not None
 
 
 def _call(score: Score, columns: Columns, timeout: float | None) -> Any:

@@ -24,7 +24,7 @@ from .disk import could_be_folder, digest, write_json
 from .files import is_file_name
 from .plugins import agent_class, check_env_id
 from .render import one_line
-from .runs import FINAL, RUN, Checkpoints
+from .runs import FINAL, RUN, Checkpoints, alone
 from .trained import read_run
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ def train_agent(options: argparse.Namespace) -> None:
     }
     check("--log-dir", given, could_be_folder(folder), "a folder, or a new one in a folder that can be written")
     agent = make_agent(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {**run, "sha256": digest(run)})
-    finish_run(agent, run, folder, options.quiet)
+    with alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN, {**run, "sha256": digest(run)})
+        finish_run(agent, run, folder, options.quiet)
 
 
 def holds_run(folder: Path) -> bool:
@@ -147,7 +148,9 @@ def make_agent(run: dict[str, Any]) -> Agent:
     check("--dataset", None, not cls.needs_dataset or bool(run["dataset"]), f"given for {cls.__name__} to learn")
     extra = {}
     if run["dataset"]:
-        extra["dataset"] = cls.read_dataset(run["dataset"], run["skip_bad_rows"], base_env(env).task)
+        takes_task = "task" in inspect.signature(cls.read_dataset).parameters  # another package's may not
+        told = {"task": base_env(env).task} if takes_task else {}
+        extra["dataset"] = cls.read_dataset(run["dataset"], run["skip_bad_rows"], **told)
     try:
         inspect.signature(cls).bind(env, run["model"], config, **extra)
     except TypeError as error:
@@ -176,4 +179,5 @@ def resume_run(folder: Path, quiet: bool) -> None:
     if (folder / FINAL).is_dir():
         print(one_line(f"{folder} is finished; textrl evaluate {folder} scores it"))
         return
-    finish_run(make_agent(run), run, folder, quiet)
+    with alone(folder):
+        finish_run(make_agent(run), run, folder, quiet)

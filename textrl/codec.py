@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -56,15 +55,17 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special_tok
     ]
     if special_tokens:
         return found
-    marks = {token for token in tokenizer.all_special_tokens if len(token) > 1 and token != tokenizer.unk_token}
-    meant = set(tokenizer.convert_tokens_to_ids(sorted(marks)))
+    marks = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+    meant = set(tokenizer.convert_tokens_to_ids(marks))
     for i, text in enumerate(texts):
-        if any(mark in text for mark in marks) and not meant.isdisjoint(found[i]):
-            pattern = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
-            cuts = [match.start() + 1 for match in re.finditer(pattern, text)]
-            parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-            read = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            found[i] = list(chain.from_iterable(read))
+        if meant.isdisjoint(found[i]):
+            continue
+        read = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        cuts = [start + 1 for token, (start, end) in places if token in meant and end - start > 1]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        each = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        found[i] = list(chain.from_iterable(each))
     return found
 
 

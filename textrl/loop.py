@@ -179,7 +179,6 @@ def _iterate(agent: Agent, goal: int, total: int, watch: Watch) -> tuple[dict[st
             if agent.score_weight.asked:
                 metrics["train/score_weight"] = agent.score_weight.value
     agent.stepper.forget()
-    agent.predictor.forget()
     forget_caches(agent.env)
     tokens = 0 if rollout is None else rollout.num_tokens
     agent.num_timesteps += tokens

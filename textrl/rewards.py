@@ -121,15 +121,17 @@ class RewardModel:
         """The files of model and tokenizer, with what `load` is to know.
 
         transformers pools a text at its last token that is no padding: of an end token that is padding too it would
-        take the token before, so the files name no padding then.
+        take the token before, so the files name no padding then (and transformers takes one text at a time).
         """
         config = self.model.config
         padding = config.pad_token_id
         config.score_mean, config.score_std = self.mean, self.std
         config.score_options = self.options
         config.pad_token_id = None if padding == self.tokenizer.eos_token_id else padding
-        self.model.save_pretrained(folder)
-        config.pad_token_id = padding
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            config.pad_token_id = padding
         self.tokenizer.save_pretrained(folder)
 
     @property

@@ -27,20 +27,24 @@ RUN, FOLDER, BEST, FINAL = "run.json", "checkpoints", "best", "final"
 """In a run's folder: what it was told, as JSON; the checkpoints; a link to the best of them; the agent at the end."""
 
 
+_held: dict[Path, int] = {}  # the folders that this process keeps to itself, and the open file of each
+
+
 @contextmanager
 def alone(run: Path | None) -> Iterator[None]:
     """Keeps every other process from writing into a run's folder, as long as this lasts; None: there is no folder.
 
-    The lock goes with the process that has it, however that ends. Where there are no such locks nothing is kept.
+    The lock goes with the process that has it, however that ends; inside it the same process may ask again. Where there
+    are no such locks nothing is kept.
 
     Raises:
         ValueError: where another process has it.
     """
-    if run is None or fcntl is None:
+    if run is None or fcntl is None or run.absolute() in _held:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run, os.O_RDONLY)
+    handle = _held[run.absolute()] = os.open(run, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +54,18 @@ def alone(run: Path | None) -> Iterator[None]:
             pass
         yield
     finally:
-        os.close(handle)
+        if run.absolute() in _held:
+            os.close(_held.pop(run.absolute()))
+
+
+def _let_go() -> None:
+    """In a process that was forked off: the locks stay its parent's alone."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class Checkpoints:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -80,8 +82,6 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
             return Scores(np.array(given, dtype=np.float64))
     except OverflowError:
         pass
-    if given and all(_is_vector(x) and len(x) == len(completion_ids[i]) for i, x in enumerate(given)):
-        given = [x.tolist() for x in given]
     if not (len(given) > 0 and isinstance(given[0], (list, tuple, np.ndarray))):
         return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(given)]))
     tokens = []
@@ -98,17 +98,13 @@ def check_scores(given: Any, prompts: list[str], completions: list[str], complet
     return Scores(np.array([_number(x, prompts[i], completions[i]) for i, x in enumerate(totals)]), tokens)
 
 
-def _is_vector(value: Any) -> bool:
-    """Whether this is a tensor (T,)."""
-    return not isinstance(value, np.ndarray) and hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1
-
-
 def _number(value: Any, prompt: str, completion: str) -> float:
     where = f"for {about(prompt, completion)}"
     if hasattr(value, "item") and (value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)) == 1:
         value = value.item()
     if not isinstance(value, (int, float)):
-        raise ScoreError(f"score must be a number; got {shorten(value)} {where}")
+        more = ", or a list for a number a token (tolist() makes one)" if getattr(value, "ndim", 0) == 1 else ""
+        raise ScoreError(f"score must be a number{more}; got {shorten(value)} {where}")
     try:
         number = float(value)
     except OverflowError:
@@ -137,6 +133,14 @@ def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of coroutines, in a thread of its own: the caller's may have one, as a notebook's has."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="textrl coroutines", daemon=True).start()
+    return loop
+
+
 def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]) -> Any:
     """Calls a reward function by keyword, with those columns its signature takes (all, where it has **kwargs).
 
@@ -152,6 +156,5 @@ def call_score(fn: Callable[..., Any], prompts: list[str], completions: list[str
         arguments = {key: value for key, value in arguments.items() if key in parameters}
     given = fn(**arguments)
     if inspect.iscoroutine(given):
-        with ThreadPoolExecutor(1) as thread:  # this one may have an event loop already, as a notebook's has
-            return thread.submit(asyncio.run, given).result()
+        return asyncio.run_coroutine_threadsafe(given, _loop(os.getpid())).result()
     return given

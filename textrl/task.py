@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -32,12 +33,14 @@ def check_task(task: Any) -> None:
         ValueError: naming what is missing.
     """
     check("task", task, isinstance(task, Task), "an instance of a subclass of textrl.Task")
-    kind, name = type(task), type(task).__name__
+    name = type(task).__name__
+    names = ("score", "prompts", "sample")
+    missing = {each for each in names if getattr(task, each) == MethodType(vars(Task)[each], task)}
     if "_codec" not in vars(task):
         raise ValueError(f"task {name} must call super().__init__(tokenizer=..., max_new_tokens=...) in its __init__")
-    if kind.score is Task.score:
+    if "score" in missing:
         raise ValueError(f"task {name} must define score(prompts, completions, **columns)")
-    if kind.prompts is Task.prompts and kind.sample is Task.sample:
+    if {"prompts", "sample"} <= missing:
         raise ValueError(f"task {name} must define prompts() or sample(rng)")
 
 
