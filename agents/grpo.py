@@ -92,8 +92,8 @@ class GRPO(Agent):
         """A few clipped steps on one batch."""
         config, mask, kl_coef = self.config, rollout.action_mask, penalty_weight(self.env)
         scores = rollout.rewards.sum(1)  # (B,)
-        if rollout.log_ratios is not None:
-            log_ratio = rollout.log_ratios.sum(1)  # (B,)
+        if (log_ratios := rollout.log_ratios) is not None:
+            log_ratio = log_ratios.sum(1)  # (B,)
             scores = scores + kl_coef * log_ratio
             usual = (log_ratio - leave_one_out(log_ratio, rollout.grouping))[:, None]  # the mean of the others, (B, 1)
             rollout = replace(rollout, values=usual)

@@ -60,9 +60,10 @@ class NLPO(PPO):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """PPO's update on the masked batch; now and then the mask policy catches up."""
-        assert rollout.token_masks is not None
+        masks = rollout.token_masks
+        assert masks is not None
         numbers = super().update(rollout)
-        numbers["masked_share"] = 1 - float(rollout.token_masks.float().mean())
+        numbers["masked_share"] = 1 - float(masks.float().mean())
         if (self.num_updates + 1) % self.config.mask_interval == 0:
             with torch.no_grad():
                 for slow, fast in zip(self.mask_model.parameters(), self.model.parameters(), strict=True):

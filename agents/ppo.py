@@ -187,8 +187,8 @@ class PPO(Agent):
         del numbers["ratio_error"]
         numbers["steps"] = len(steps)
         numbers["explained_variance"] = known
-        if config.kl_target is not None and rollout.log_ratios is not None:
-            kl = float(rollout.log_ratios.sum(1).mean())
+        if config.kl_target is not None and (log_ratios := rollout.log_ratios) is not None:
+            kl = float(log_ratios.sum(1).mean())
             self.base.kl_coef = adapted(self.base.kl_coef, kl, config.kl_target, len(rollout), config.kl_horizon)
         numbers["kl_coef"] = penalty_weight(self.env)
         return numbers

@@ -146,6 +146,6 @@ def paid_scores(rollout: Rollout, env: AnyEnv) -> Tensor:
     if is_bare(env):
         return rollout.scores
     paid = rollout.rewards.sum(1)
-    if rollout.log_ratios is not None:
-        paid = paid + penalty_weight(env) * rollout.log_ratios.sum(1)
+    if (log_ratios := rollout.log_ratios) is not None:
+        paid = paid + penalty_weight(env) * log_ratios.sum(1)
     return torch.where((paid - rollout.scores).abs() < 1e-4 * (1 + paid.abs()), rollout.scores, paid)  # rounding

@@ -145,8 +145,8 @@ class Rollout:
             "rollout/stopped": self.stopped.float().mean(),
             "rollout/surprisal": -masked_mean(self.logprobs, self.action_mask),
         }
-        if self.log_ratios is not None:
-            out["rollout/kl_reference"] = self.log_ratios.sum(1).mean()
+        if (log_ratios := self.log_ratios) is not None:
+            out["rollout/kl_reference"] = log_ratios.sum(1).mean()
         if self.drift:
             out["rollout/logprob_drift"] = torch.tensor(self.drift)
         return {key: float(value) for key, value in out.items() if not value.isnan()}

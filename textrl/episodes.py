@@ -167,9 +167,10 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
     if base.reference is not None:
         reference = policy_in(base, base.reference)
         logged.ref_logprobs = batched_logprobs(reference, logged, tokens_at_once)
-    if logged.log_ratios is None or bool(logged.logprobs.isnan().any()):
+    log_ratios = logged.log_ratios
+    if log_ratios is None or bool(logged.logprobs.isnan().any()):
         return logged.scores
-    return logged.scores - base.kl_coef * logged.log_ratios.sum(1)
+    return logged.scores - base.kl_coef * log_ratios.sum(1)
 
 
 def check_whole(logged: Rollout) -> None:

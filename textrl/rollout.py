@@ -40,8 +40,6 @@ def reference_beside(policy: CausalPolicy, env: TextEnv | TextVectorEnv, model: 
     another than its reference could: the KL of two that are equal would not be 0.
     """
     reference = policy_in(env, model)
-    if same_blocks(policy.model, model, policy.frozen_blocks):
-        reference.frozen_blocks = policy.frozen_blocks
     reference.own_forward = policy.model.dtype != torch.float32 and flat_of(policy.model) is None
     return reference
 
@@ -274,6 +272,7 @@ def _read_whole(
         rollout.logprobs = batched
     if env.reference is not None:
         reference = reference_beside(policy, env, env.reference)
+        if same_blocks(policy.model, env.reference, policy.frozen_blocks):
+            reference.frozen_blocks = policy.frozen_blocks
         rollout.ref_logprobs = batched_logprobs(reference, rollout, tokens_at_once)
-        assert rollout.log_ratios is not None
-        rollout.rewards -= env.kl_coef * rollout.log_ratios
+        rollout.rewards -= env.kl_coef * (rollout.logprobs - rollout.ref_logprobs)

@@ -49,7 +49,8 @@ def alone(run: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"log_dir must not be in use; another process writes to {str(run)!r}") from None
+            more = "wait for its end, or give another folder"
+            raise ValueError(f"log_dir must not be in use; another process writes to {str(run)!r}: {more}") from None
         except OSError:  # a file system without locks
             pass
         yield
