@@ -21,8 +21,8 @@ from textrl.agent import Agent
 from textrl.attaching import is_bare, paid_scores
 from textrl.config import AgentConfig, check
 from textrl.drawing import Sampling
-from textrl.formats import Row
 from textrl.rollout import Rollout, sample_episodes
+from textrl.rows import Row
 from textrl.scores import ScoreError, shorten
 
 

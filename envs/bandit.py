@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textrl.config import is_number
-from textrl.formats import Row
+from textrl.rows import Row
 from textrl.symbols import symbol_tokenizer
 from textrl.task import Task
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from textrl.formats import Row
+from textrl.rows import Row
 from textrl.symbols import symbol_tokenizer
 from textrl.task import Task
 

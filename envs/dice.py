@@ -7,7 +7,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from textrl.formats import Row
+from textrl.rows import Row
 from textrl.symbols import symbol_tokenizer
 from textrl.task import Task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from textrl.formats import Row
+from textrl.rows import Row
 from textrl.symbols import symbol_tokenizer
 from textrl.task import Task
 

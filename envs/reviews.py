@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from textrl.fetch import cache_dir, smollm2
-from textrl.formats import Row
+from textrl.rows import Row
 from textrl.scores import call_score
 from textrl.symbols import load_tokenizer
 from textrl.task import Task

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from textrl.cells import text_of
 from textrl.files import prompt_rows
-from textrl.formats import Row
 from textrl.remote import RemoteScore
+from textrl.rows import Row
 from textrl.scores import call_score, shorten
 from textrl.symbols import load_tokenizer, symbol_tokenizer
 from textrl.task import Task

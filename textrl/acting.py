@@ -15,12 +15,12 @@ from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
 from .cells import check_text
 from .config import check
 from .drawing import Sampling
-from .formats import Row
 from .generation import NotFinite, generate, stop_at
 from .models import load_model
 from .policy import CausalPolicy
 from .probing import longest_text
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, policy_in, sample_episodes
+from .rows import Row
 from .stepping import collect_groups, collect_stepped
 from .stepwise import StepwiseLM
 from .task import Task

@@ -20,12 +20,12 @@ from .config import AgentConfig, as_path, check, make_config
 from .drawing import Sampling
 from .failures import ask_as_configured
 from .files import read_rows
-from .formats import Row
 from .loop import Callback
 from .memory import Loss, accumulate_gradients, halving
 from .models import pick_device, recompute_blocks, tables, trainable
 from .optim import Optimizer
 from .rollout import Narrow, Rollout, policy_in
+from .rows import Row
 from .score_weight import ScoreWeight
 from .starting import keep_dtype, starting_model
 from .stepwise import StepwiseLM

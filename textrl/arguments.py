@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from .config import check, is_count, is_number
-from .formats import Row
 from .render import RENDER_MODES
+from .rows import Row
 from .scores import shorten
 from .task import Task
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .asking import AllDropped
-from .formats import Row
 from .policy import CausalPolicy, alike
 from .returns import masked_mean
+from .rows import Row
 from .trunk import states_below
 
 

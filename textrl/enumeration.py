@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from .adapters import plain_module
 from .config import check
-from .formats import Row
 from .generation import NotFinite
 from .heads import head_of
 from .models import load_model
 from .penalty import Policy, policy_logits
 from .policy import CausalPolicy
+from .rows import Row
 from .tabular import finite_rows, in_words
 from .task import Task
 

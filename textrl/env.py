@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from .arguments import check_action, check_penalty, check_render_mode, chosen_row
 from .config import check
-from .formats import Row
 from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
-from .rows import RowStream
+from .rows import Row
+from .streams import RowStream
 from .task import Task, check_task
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from .cells import text_of
-from .formats import FILE_OF_ROWS, READERS, Broken, Row
+from .formats import FILE_OF_ROWS, READERS, Broken
+from .rows import Row
 from .scores import shorten
 
 T = TypeVar("T")

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .rows import Row
 from .scores import reason, shorten
 
-Row = dict[str, Any]
-"""A row of a file; of a task one prompt and the columns that the score wants: `{"prompt": "2+2=", "answer": "4"}`."""
 Found = Iterator[tuple[str, Row | ValueError]]
 """A place in the file ("line 3"), and the row there or the fault of it."""
 

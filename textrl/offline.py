@@ -13,8 +13,8 @@ from torch import Tensor
 from .batch import pad_responses
 from .cells import text_of
 from .codec import plain_ids
-from .formats import Row
 from .rollout import Rollout
+from .rows import Row
 from .scores import shorten
 from .task import Task
 

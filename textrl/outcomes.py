@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import Row
+from .rows import Row
 from .task import FAULT, Task
 
 REMEMBERED = 2**16

@@ -25,12 +25,12 @@ from .config import check, check_types, make_config
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good, spoilt
 from .files import Rows, dataset_rows
 from .folders import SCORER_IN_TRAINING, verify, whole_folder, write_manifest
-from .formats import Row
 from .logging import RunLog
 from .loop import Run
 from .models import tables, train_last_layers, trainable
 from .optim import Optimizer
 from .preferences import read_pairs
+from .rows import Row
 from .runs import Checkpoints, Due, Signals, alone
 from .scores import shorten
 

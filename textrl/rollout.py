@@ -16,10 +16,10 @@ from .config import check
 from .drawing import Sampling
 from .env import TextEnv
 from .flat import flat_of
-from .formats import Row
 from .generation import generate
 from .policy import CausalPolicy
 from .returns import masked_mean
+from .rows import Row
 from .task import Task
 from .trunk import same_blocks
 from .vector import TextVectorEnv

@@ -27,8 +27,8 @@ from .offline import Epochs
 from .outcomes import Outcomes
 from .pairs import AskedOnce, HeldOut
 from .penalty import Penalty
-from .rows import RowStream, RowStreams
 from .score_weight import ScoreWeight
+from .streams import RowStream, RowStreams
 from .task import Task
 from .texts import Texts
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from .asking import AllDropped
 from .attaching import Act, penalty_weight
 from .batch import pad_responses
-from .formats import Row
 from .generation import NotFinite
 from .rollout import Rollout
+from .rows import Row
 from .scores import about
 from .task import FAULT, Task
 from .wrappers import AnyEnv, check_taken

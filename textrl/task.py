@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .answers import check_column, check_masks
 from .asking import Asking, ask
 from .codec import Codec
 from .config import check, check_type, is_count
-from .formats import Row
+from .rows import Row, check_row, columns_of, filled
 from .scores import ScoreError, Scores, ScoreUnavailable, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
-OF_A_STEP = ("ref_logprob", "kl", "action_mask", "score_fault", "final_obs", "final_info", "episode")
-"""Names in the `info` of a step that `describe` cannot give to columns of its own."""
-OF_A_CALL = frozenset({"self", "prompts", "completions", "completion_ids"})
-"""Names of a score's own arguments, which no column of a row can have."""
 FAULT = "score_fault"  # in the `info` of episodes whose score failed and was let pass: what was wrong
 
 
@@ -174,17 +171,10 @@ class Task:
         Raises:
             ValueError: for a mask of another shape or dtype, or a row of it without one allowed token.
         """
-        shape = (len(rows), self.vocab_size)
         found = self.allowed_tokens(rows, responses)
         if found is None:
-            return np.ones(shape, dtype=np.bool_)
-        mask = np.asarray(found)
-        if mask.shape != shape or mask.dtype != np.bool_:
-            raise ValueError(f"allowed_tokens must give a bool array of shape {shape}; got {mask.dtype}, {mask.shape}")
-        if not mask.any(1).all():
-            row = shorten(rows[int(np.flatnonzero(~mask.any(1))[0])])
-            raise ValueError(f"allowed_tokens must allow at least one token; none is allowed for the row {row}")
-        return mask
+            return np.ones((len(rows), self.vocab_size), dtype=np.bool_)
+        return check_masks(found, rows, self.vocab_size)
 
     def row_of(self, prompt: str) -> Row:
         """The task's own row with this prompt; else one that has None in the columns of its rows."""
@@ -201,7 +191,7 @@ class Task:
             check("prompts", rows, hasattr(rows, "__len__") and not isinstance(rows, (str, Mapping)), "a list of rows")
             if len(rows) == 0:
                 raise ValueError("prompts is empty: a task needs at least one prompt")
-            self._rows = _filled([check_row(row) for row in rows])
+            self._rows = filled([check_row(row) for row in rows])
         return self._rows
 
     @property
@@ -314,64 +304,15 @@ class Task:
             described = self.describe(prompts=prompts, completions=completions, **given)
             check("describe", described, isinstance(described, Mapping), "a function that gives a dict of columns")
             for key, values in described.items():
-                columns[key] = _described(key, values, len(rows), columns)
+                columns[key] = check_column(key, values, len(rows), columns)
         return scores, columns
 
     @staticmethod
     def _columns(rows: Sequence[Row], completion_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The keyword lists of a score beside prompts and completions."""
-        names = [key for key in _columns_of(rows) if key != "prompt"]
+        names = [key for key in columns_of(rows) if key != "prompt"]
         columns: dict[str, Any] = {key: [row.get(key) for row in rows] for key in names}
         columns["completion_ids"] = [
             list(response) if type(response) is list else list(map(int, response)) for response in completion_ids
         ]
         return columns
-
-
-def _described(key: Any, values: Any, size: int, others: Mapping[str, Any]) -> Any:
-    """A column of `describe`, checked: a list of B texts, or (B,) float64.
-
-    Raises:
-        ValueError: for a name that is taken, or what are not B numbers or B texts.
-    """
-    free = isinstance(key, str) and key not in others and key not in OF_A_STEP and not key.startswith("_")
-    try:
-        column = list(values)
-        found = column if all(isinstance(v, str) for v in column) else np.array(column, dtype=np.float64)
-        fine = np.shape(found) == (size,) and not isinstance(values, str)
-    except (TypeError, ValueError):
-        fine = False
-    if not free or not fine:
-        taken = [*others, *OF_A_STEP]
-        raise ValueError(
-            f"describe must give columns of {size} numbers or {size} texts, with names of their own, not {taken};"
-            f" got {key!r}: {shorten(values)}"
-        )
-    return found
-
-
-def _columns_of(rows: Sequence[Row]) -> dict[str, None]:
-    """The columns that any of the rows has, in order."""
-    return dict.fromkeys(key for row in rows for key in row)
-
-
-def _filled(rows: list[Row]) -> list[Row]:
-    """The same rows with None for what others have and they have not: a score gets every column of every row."""
-    empty = _columns_of(rows)
-    return rows if all(len(row) == len(empty) for row in rows) else [{**empty, **row} for row in rows]
-
-
-def check_row(row: Any) -> Row:
-    """Returns `row` if it is a dict with a string under "prompt", whose columns a score can be called with.
-
-    Raises:
-        ValueError: otherwise, saying what it is.
-    """
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'a row must be a dict with a string under "prompt"; got {shorten(row)}')
-    for name in row:
-        if not isinstance(name, str):
-            raise ValueError(f"a row must have texts as the names of its columns; got {name!r}")
-        if name in OF_A_CALL:
-            raise ValueError(f"a row must have no column {name!r}, which is what a score is given; got {shorten(row)}")
-    return row

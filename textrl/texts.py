@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .formats import Row
+    from .rows import Row
 
 
 class Texts:

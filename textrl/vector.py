@@ -21,11 +21,11 @@ from .arguments import (
 )
 from .arguments import reset_mask as rows_to_reset
 from .env import Info, Value, observation_space
-from .formats import Row
 from .outcomes import Outcomes
 from .penalty import Penalty, Policy
 from .render import RENDER_MODES, Picture, Trace, draw, show
-from .rows import RowStreams
+from .rows import Row
+from .streams import RowStreams
 from .task import Task
 from .texts import Texts
 
