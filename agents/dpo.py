@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 from textrl.agent import Agent
 from textrl.attaching import check_own_penalty
 from textrl.batch import batched_logprobs, microbatches
+from textrl.chats import DIALOGUES, ChatFormat
 from textrl.config import AgentConfig, check
 from textrl.files import Rows, dataset_rows
 from textrl.offline import Epochs, digest, given_rollout
@@ -92,8 +93,8 @@ class DPO(Agent):
         env: whose tokenizer, prompts, horizon and reference hold.
         model: as for every agent.
         config: as for every agent.
-        dataset: rows with "prompt", "chosen" and "rejected", texts (`textrl.preferences` reads other formats), or a
-            file that `read_preferences` reads. Token ids under "chosen_ids" and "rejected_ids" go before the texts and
+        dataset: rows with "prompt", "chosen" and "rejected", texts or lists of messages, or a file in any format that
+            `textrl.read_preferences` reads. Token ids under "chosen_ids" and "rejected_ids" go before the texts and
             are taken as they are; the reference's summed log-probabilities under "ref_chosen_logps" and
             "ref_rejected_logps" are not computed again. May be left out for an agent that is loaded only to be used.
         settings: fields of `DPOConfig`, as keywords.
@@ -131,8 +132,8 @@ class DPO(Agent):
     @classmethod
     def read_dataset(cls, file: str | Path, skip_bad_rows: bool = False, task: Task | None = None) -> Rows:
         """The pairs of a file, in any format that `read_preferences` knows; chats as the task reads what is written."""
-        template = task.tokenizer if task is not None and task.special_tokens else None
-        return read_pairs(file, tokenizer=template, skip_bad_rows=skip_bad_rows, called="dataset")
+        written = DIALOGUES if task is None else ChatFormat.of(task)
+        return read_pairs(file, written, skip_bad_rows=skip_bad_rows, called="dataset")
 
     def collect(self) -> Rollout:
         """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""

@@ -47,9 +47,9 @@ class SFT(Agent):
         env: whose tokenizer, prompts and horizon hold.
         model: as for every agent.
         config: as for every agent.
-        dataset: rows with "prompt" and "completion", texts, or a file of them. Longer responses are cut at the horizon.
-            "completion_ids" go before a "completion" and are taken as they are. May be left out for an agent that is
-            loaded only to be used.
+        dataset: rows with "prompt" and "completion", texts or lists of messages, or with "messages", whose last one is
+            learned; or a file of them. Longer responses are cut at the horizon. "completion_ids" go before a
+            "completion" and are taken as they are. May be left out for an agent that is loaded only to be used.
         settings: fields of `SFTConfig`, as keywords.
     """
 

@@ -7,17 +7,19 @@ import warnings
 import gymnasium as gym
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import textrl
 import textrl.wrappers
 from textrl import cli
-from textrl.agents import DPO, PPO
+from textrl.agents import DPO, PPO, SFT
 from textrl.codec import Codec
 from textrl.models import small_model
 from textrl.offline import given_rollout
 from textrl.policy import values_at
+from textrl.reward_training import pairs_of
 from textrl.rewards import RewardModel
 from textrl.scalars import value_model
 from textrl.textcritic import TextCritic, same_tokenizer
@@ -316,23 +318,79 @@ def test_special_tokens_in_a_prompt_are_text_for_vocabularies_that_hold_them_as_
         assert (end in scorer.encode([prompt])[0][:-1]) == special
 
 
-def test_chats_in_a_file_of_pairs_are_read_alike_from_python_and_from_the_command_line(tmp_path):
-    tokenizer = chat_tokenizer()
-    rows = [
-        {"prompt": [{"role": "user", "content": "ab"}], "chosen": [{"role": "assistant", "content": "cd"}],
-         "rejected": [{"role": "assistant", "content": "ef"}]}
-    ]  # fmt: skip
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "ab"), ("assistant", "cd"), ("assistant", "ef")))
+
+
+def chat_env(special_tokens=True):
+    options = {"tokenizer": chat_tokenizer(), "prompts": ["a"], "reward": lambda completions: [0.0] * len(completions)}
+    return gym.make("textrl/Text-v0", max_new_tokens=9, max_prompt_tokens=60, special_tokens=special_tokens, **options)
+
+
+def test_chats_of_pairs_are_read_alike_from_files_lists_and_the_command_line(tmp_path):
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}]
+    whole = [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}]
     file = tmp_path / "chat.json"
     file.write_text(json.dumps(rows))
-    options = {"tokenizer": tokenizer, "prompts": ["a"], "reward": lambda completions: [0.0] * len(completions)}
-    env = gym.make("textrl/Text-v0", max_new_tokens=9, max_prompt_tokens=60, special_tokens=True, **options)
-    with pytest.raises(
-        ValueError, match=r"column 'prompt' must be a text \(a chat template makes one of messages: read_"
-    ):
-        DPO(env, dataset=rows)
-    direct = DPO(env, dataset=file)
-    typed = DPO(env, dataset=DPO.read_dataset(file, False, env.unwrapped.task))
-    assert direct._pairs == typed._pairs
-    assert typed._pairs[0][0] == tokenizer.apply_chat_template(
-        rows[0]["prompt"], add_generation_prompt=True, return_dict=False
-    )
+    env = chat_env()
+    task = env.unwrapped.task
+    sources = (file, DPO.read_dataset(file, False, task), rows, Dataset.from_list(rows), whole)
+    (prompt, (chosen, rejected), _), *others = [pair for source in sources for pair in DPO(env, dataset=source)._pairs]
+    assert others == [(prompt, [chosen, rejected], None)] * 4
+    assert prompt == task.tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert task.decode([chosen, rejected]) == ["cd", "ef"]
+    assert chosen[-1] == rejected[-1] == task.eos_token_id
+
+
+def test_a_reward_model_learns_from_chats_in_lists():
+    reward_model = RewardModel.from_language_model(small_model(259, 64), chat_tokenizer(), special_tokens=True)
+    (row,) = pairs_of([{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}], reward_model)
+    prompt = reward_model.tokenizer.apply_chat_template([USER], tokenize=False)
+    assert row == {"prompt": prompt, "chosen": "cd", "rejected": "ef"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, GOOD]},
+        {"messages": [USER, GOOD], "prompt": "ab"},
+        {"prompt": [USER], "completion": [GOOD]},
+        {"prompt": "ab", "completion": [GOOD]},
+        {"prompt": [USER], "completion": "cd"},
+    ],
+)
+def test_supervised_fine_tuning_takes_chats(row):
+    env = chat_env()
+    task = env.unwrapped.task
+    ((prompt, response),) = SFT(env, dataset=[row])._examples
+    assert prompt == task.tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert response == [*task.tokenizer("cd", add_special_tokens=False)["input_ids"], task.eos_token_id]
+
+
+def test_the_last_message_is_what_is_learned():
+    env = chat_env()
+    task = env.unwrapped.task
+    ((prompt, response),) = SFT(env, dataset=[{"messages": [USER, GOOD, USER, BAD]}])._examples
+    before = task.tokenizer.apply_chat_template([USER, GOOD, USER], add_generation_prompt=True, return_dict=False)
+    assert prompt == before
+    assert task.decode([response]) == ["ef"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER]}, "dataset row 0, column 'messages' must end with one message of the assistant; got"),
+        ({"messages": "ab"}, "dataset row 0, column 'prompt' is missing"),
+        ({"messages": ["ab"]}, "dataset row 0, column 'messages' must be messages, dicts with the texts"),
+        ({"prompt": [USER], "completion": None}, "dataset row 0, column 'completion' must be a text; got None"),
+    ],
+)
+def test_what_is_no_chat_is_told(row, message):
+    with pytest.raises(ValueError, match=message):
+        SFT(chat_env(), dataset=[row])
+
+
+def test_chats_without_special_tokens_are_dialogues_and_that_is_said():
+    with pytest.warns(UserWarning, match="not by the tokenizer's chat template, whose special tokens only special_tok"):
+        agent = SFT(chat_env(special_tokens=False), dataset=[{"messages": [USER, GOOD]}])
+    ((prompt, response),) = agent._examples
+    assert agent.task.decode([prompt, response], alone=True) == ["\n\nHuman: ab\n\nAssistant:", " cd"]

@@ -48,9 +48,7 @@ def text_of(row: Mapping[str, Any], column: str, empty: bool = True) -> str:
     value = value_of(row, column)
     if not isinstance(value, str):
         chat = isinstance(value, list) and any(isinstance(each, Mapping) and "role" in each for each in value)
-        more = (
-            " (a chat template makes one of messages: read_preferences(rows, tokenizer=...) for pairs)" if chat else ""
-        )
+        more = " (a tokenizer's chat template makes one of messages)" if chat else ""
         raise ValueError(f"column {column!r} must be a text{more}; got {shorten(value)}")
     check_text(f"column {column!r}", value)
     if not empty and not value.strip():

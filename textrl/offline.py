@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import pad_responses
 from .cells import text_of
+from .chats import ChatFormat, as_texts
 from .codec import plain_ids
 from .rollout import Rollout
 from .rows import Row
@@ -58,6 +59,8 @@ def example_ids(
 ) -> tuple[list[int], list[int]]:
     """The token ids of a row's "prompt" and of its response: of "completion_ids" where given, else of "completion".
 
+    Both may be chats, or one chat stand under "messages": the last message is the response.
+
     Args:
         task: whose tokenizer and horizon hold.
         row: the row.
@@ -67,10 +70,13 @@ def example_ids(
     Raises:
         ValueError: naming the column.
     """
+    known = row.get("completion_ids") is not None
+    answer = "messages" if not known and "completion" not in row and "messages" in row else "completion"
+    row = as_texts(row, [] if known else [answer], ChatFormat.of(task))
     prompt = prompt_of(row, task, strict)
-    if row.get("completion_ids") is not None:
+    if known:
         return task.encode({"prompt": prompt}).tolist(), token_ids(row, "completion_ids", task)
-    return encode_response(task, prompt, text_of(row, "completion", empty=not strict), end_token)
+    return encode_response(task, prompt, text_of(row, answer, empty=not strict), end_token)
 
 
 def prompt_of(row: Mapping[str, Any], task: Task, strict: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import number_of, text_of
+from .chats import ChatFormat, as_texts
 from .config import check
 from .files import Rows, all_or_none
 from .offline import encode_response, prompt_of, token_ids
@@ -47,6 +48,7 @@ def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
 
 
 def _encode(task: Task, row: Mapping[str, Any], strict: bool) -> Pair:
+    row = as_texts(row, [side for side in SIDES if row.get(f"{side}_ids") is None], ChatFormat.of(task))
     prompt = prompt_of(row, task, strict)
     responses = []
     for side in SIDES:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cells import check_kinds, check_text, did_you_mean, text_of, value_of
+from .cells import check_kinds, did_you_mean, text_of, value_of
+from .chats import ASSISTANT, DIALOGUES, ChatFormat, chat_texts
 from .files import InputError, Rows, found_at, is_file_name, listed_rows, read_rows, warn
 from .formats import FILE_OF_ROWS
 from .scores import reason, shorten
@@ -16,13 +17,6 @@ from .scores import reason, shorten
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
-
-Messages = list[dict[str, str]]
-"""A chat: `[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]`."""
-
-ASSISTANT = "\n\nAssistant:"
-"""What opens an answer in dialogues of the form of Anthropic's HH data; `HUMAN` opens a question."""
-HUMAN = "\n\nHuman:"
 
 _PROMPTS = ("prompt", "question", "instruction", "query", "history")
 _PAIRS = (("chosen", "rejected"), ("response_j", "response_k"))  # the second: Stack Exchange, j is the better answer
@@ -77,7 +71,7 @@ def read_preferences(
     """
     from datasets import Dataset
 
-    pairs = read_pairs(data, tokenizer, split, drop_duplicates, skip_bad_rows)
+    pairs = read_pairs(data, ChatFormat(tokenizer), split, drop_duplicates, skip_bad_rows)
     try:
         return Dataset.from_dict(_by_column(pairs))
     except (TypeError, ValueError, OverflowError):
@@ -96,7 +90,7 @@ def _by_column(rows: Rows) -> dict[str, list[Any]]:
 
 def read_pairs(
     data: Dataset | Sequence[Mapping[str, Any]] | str | Path,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    written: ChatFormat = DIALOGUES,
     split: str = "train",
     drop_duplicates: bool = False,
     skip_bad_rows: bool = False,
@@ -107,9 +101,8 @@ def read_pairs(
     names = set(table.columns)
     columns = _answers(table.source, names)
     prompts = next((name for name in _PROMPTS if name in names), None)
-    template = tokenizer if getattr(tokenizer, "chat_template", None) else None
     repeated = table.repeated() if table.strict and not drop_duplicates else []
-    rows = table.each(lambda row: _row(row, prompts, columns, template, table.strict))
+    rows = table.each(lambda row: _row(row, prompts, columns, written, table.strict))
     if prompts is not None and all(p and all(t.startswith(p) and t != p for t in (c, r)) for p, c, r in rows):
         rows = [(p, c[len(p) :], r[len(p) :]) for p, c, r in rows]
     keep = [i for i, (_, chosen, rejected) in enumerate(rows) if chosen != rejected]
@@ -179,7 +172,7 @@ def _row(
     row: Mapping[str, Any],
     prompts: str | None,
     columns: tuple[str, str, str | None],
-    tokenizer: PreTrainedTokenizerFast | None,
+    written: ChatFormat,
     strict: bool,
 ) -> tuple[str, str, str]:
     """Prompt, chosen and rejected of one row, as texts.
@@ -193,7 +186,7 @@ def _row(
             raise ValueError(f"column {label!r} must be 0 or 1; got {shorten(row[label])}")
         if row[label] != _LABELLED[first, second, label]:
             first, second = second, first
-    prompt, chosen, rejected = _texts(row, prompts, first, second, tokenizer)
+    prompt, chosen, rejected = _texts(row, prompts, first, second, written)
     if strict:
         for column, text in ((prompts, prompt), (first, chosen), (second, rejected)):
             value = row.get(column or "")
@@ -207,16 +200,14 @@ def _row(
 
 
 def _texts(
-    row: Mapping[str, Any], prompts: str | None, first: str, second: str, tokenizer: PreTrainedTokenizerFast | None
+    row: Mapping[str, Any], prompts: str | None, first: str, second: str, written: ChatFormat
 ) -> tuple[str, str, str]:
-    if isinstance(row.get(first), list):
-        prompt = None if prompts is None else row.get(prompts)
-        return _chat(prompt, (first, row[first]), (second, value_of(row, second)), tokenizer)
+    if (texts := chat_texts(row, prompts, (first, second), written)) is not None:
+        before, chosen, rejected = texts
+        return before, chosen, rejected
     chosen, rejected = (_text(row, name) for name in (first, second))
     if prompts is None:
         return _split(chosen, rejected)
-    if isinstance(row.get(prompts), list):
-        return _render(_messages(prompts, row[prompts]), tokenizer), chosen, rejected
     prompt = _text(row, prompts)
     if prompts == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{_text(row, 'input')}"
@@ -242,64 +233,3 @@ def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
     else:
         place = len(common)
     return chosen[:place], chosen[place:], rejected[place:]
-
-
-def _messages(column: str, messages: Any) -> Messages:
-    """A list of messages, checked.
-
-    Raises:
-        ValueError: naming the column.
-    """
-    fine = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not fine or not messages:
-        raise ValueError(
-            f'column {column!r} must be messages, dicts with the texts "role" and "content"; got {shorten(messages)}'
-        )
-    for message in messages:
-        check_text(f"column {column!r}", message["role"] + message["content"])
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _chat(
-    prompt: Any,
-    first: tuple[str, Any],
-    second: tuple[str, Any],
-    tokenizer: PreTrainedTokenizerFast | None,
-) -> tuple[str, str, str]:
-    """A pair of chats. Their common messages are the prompt, after the messages of the prompt column, if any."""
-    chosen, rejected = (_messages(column, messages) for column, messages in (first, second))
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    before: Messages = chosen[:shared]
-    if isinstance(prompt, list):
-        opening = _messages("prompt", prompt)
-        said = next(n for n in range(len(opening), -1, -1) if opening[len(opening) - n :] == before[:n])  # twice
-        before = [*opening, *before[said:]]
-    elif isinstance(prompt, str) and not any(m["role"] == "user" for m in before):
-        check_text("column 'prompt'", prompt)
-        before = [*before, {"role": "user", "content": prompt}]
-    for column, rest in ((first[0], chosen[shared:]), (second[0], rejected[shared:])):
-        if len(rest) != 1 or rest[0]["role"] != "assistant":
-            raise ValueError(
-                f"column {column!r} must end with one message of the assistant after those that both chats share; got"
-                f" {shorten(rest)}"
-            )
-    space = "" if tokenizer is not None else " "
-    return _render(before, tokenizer), space + chosen[-1]["content"], space + rejected[-1]["content"]
-
-
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """Messages as one text after which the assistant speaks: the chat template's, or an HH dialogue."""
-    if tokenizer is not None:
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(
-                f"messages must be such as the chat template takes ({error}); got {shorten(messages)}"
-            ) from None
-    opens = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ", "system": ""}
-    return "".join(opens.get(m["role"], f"\n\n{m['role'].capitalize()}: ") + m["content"] for m in messages) + ASSISTANT

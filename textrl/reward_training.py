@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from . import checkpoint, state
 from .cells import text_of, value_of
+from .chats import ChatFormat, as_texts
 from .config import check, check_types, make_config
 from .failures import SKIPS_IN_A_ROW, TrainingError, last_good, spoilt
 from .files import Rows, dataset_rows
@@ -172,8 +173,10 @@ def pairs_of(pairs: Any, reward_model: RewardModel) -> Rows:
     Raises:
         ValueError: naming the row, or file and line, and the column.
     """
-    chats = reward_model.tokenizer if reward_model.special_tokens else None  # as it reads what a template writes
-    rows = dataset_rows(pairs, partial(read_pairs, tokenizer=chats, called="pairs"), "pairs")
+    written = ChatFormat.of(reward_model)
+    rows = dataset_rows(pairs, partial(read_pairs, written=written, called="pairs"), "pairs")
+    texts = rows.each(lambda row: as_texts(row, TEXTS[1:], written))
+    rows = Rows(texts, rows.places, rows.source, rows.skip, rows.strict)
     rows.each(lambda row: [text_of(row, name) for name in TEXTS])
     return rows
 
