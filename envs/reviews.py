@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl.fetch import cache_dir, smollm2
+from textrl.plugins import reward_function
 from textrl.rows import Row
 from textrl.scores import call_score
 from textrl.symbols import load_tokenizer
@@ -31,7 +33,7 @@ class Reviews(Task):
     Optimum: not known.
 
     Args:
-        reward: a reward function, as for `Text`.
+        reward: a reward function or its name, as for `Text`.
         tokenizer: or the folder or hub name of one; default: SmolLM2-135M's.
         sources: of the openings: "movie", "product", "editorial", "tweet".
         words: length of an opening.
@@ -42,7 +44,7 @@ class Reviews(Task):
 
     def __init__(
         self,
-        reward: Callable[..., Any] | None = None,
+        reward: Callable[..., Any] | str | Path | None = None,
         tokenizer: PreTrainedTokenizerFast | str | None = None,
         sources: Sequence[str] = ("movie",),
         words: int = 4,
@@ -52,10 +54,10 @@ class Reviews(Task):
     ) -> None:
         if reward is None:
             _analyzer()  # what is missing is said before anything is fetched
+        self.reward = compound_sentiment if reward is None else reward_function(reward)
         from textrl.ratings import load_ratings, openings
 
         self._prompts: list[str] = openings(load_ratings(sources), words, n, seed)["prompt"][:]
-        self.reward = compound_sentiment if reward is None else reward
         chosen = str(smollm2()) if tokenizer is None else tokenizer
         super().__init__(
             tokenizer=load_tokenizer(chosen) if isinstance(chosen, str) else chosen, max_new_tokens=max_new_tokens

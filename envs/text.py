@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from textrl.cells import text_of
 from textrl.files import prompt_rows
-from textrl.remote import RemoteScore
+from textrl.plugins import reward_function
 from textrl.rows import Row
-from textrl.scores import call_score, shorten
+from textrl.scores import call_score
 from textrl.symbols import load_tokenizer, symbol_tokenizer
 from textrl.task import Task
 
@@ -43,8 +43,9 @@ class Text(Task):
             is named, else one symbol per printable ASCII character.
         prompts: texts, rows with a "prompt", a `datasets.Dataset` with a "prompt" column, or a JSON (lines), CSV or
             Parquet file of such rows.
-        reward: called with prompts, completions, completion_ids and every other column, as keyword lists; or the
-            address of an HTTP endpoint, asked as `textrl.RemoteScore` says.
+        reward: called with prompts, completions, completion_ids and every other column, as keyword lists; or its name:
+            "module:function", the folder of a saved `RewardModel`, or the address of an HTTP endpoint, asked as
+            `textrl.RemoteScore` says.
         max_new_tokens: the horizon.
         max_prompt_tokens: default: the longest prompt there is.
         special_tokens: whether special tokens written out in a prompt are meant as such: prompts made by
@@ -56,22 +57,15 @@ class Text(Task):
         self,
         tokenizer: PreTrainedTokenizerFast | str | None = None,
         prompts: Sequence[str] | Sequence[Row] | Dataset | str | Path = ("The movie was",),
-        reward: Callable[..., Any] | str = share_of_letters,
+        reward: Callable[..., Any] | str | Path = share_of_letters,
         max_new_tokens: int = 24,
         max_prompt_tokens: int | None = None,
         skip_bad_rows: bool = False,
         special_tokens: bool = False,
     ) -> None:
-        if isinstance(reward, str) and reward.startswith(("http://", "https://")):
-            reward = RemoteScore(reward)
-        if not callable(reward):
-            raise ValueError(
-                "reward must be a function of prompts and completions, or the address of one (http://...);"
-                f" got {shorten(reward)}"
-            )
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(str(tokenizer))
-        self._prompts, self.reward = prompt_rows(prompts, skip_bad_rows), reward
+        self._prompts, self.reward = prompt_rows(prompts, skip_bad_rows), reward_function(reward)
         super().__init__(
             tokenizer=symbol_tokenizer(PRINTABLE) if tokenizer is None else tokenizer,
             max_new_tokens=max_new_tokens,

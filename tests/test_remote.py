@@ -183,7 +183,10 @@ def test_the_endpoint_as_a_score_of_an_environment(serve, tmp_path, capsys):
     assert cli.main([*run, "--log-dir", str(tmp_path / "run")]) == 0
     assert all(text.startswith("Say") for body in server.bodies for text in body["texts"])
     assert cli.main([*run, "--log-dir", str(tmp_path / "b"), "--env-arg", "reward=http//no"]) == 2
-    assert "reward must be a function of prompts and completions, or the address" in capsys.readouterr().err
+    assert (
+        "reward must be a function of prompts and completions, or name one: module:function, the folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_endpoint_that_is_away_drops_a_batch_without_asking_for_each(serve):

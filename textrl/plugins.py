@@ -1,4 +1,4 @@
-"""Agents and environments by their names, ours and those of other packages; errors have the nearest names."""
+"""Agents, environments and rewards by their names, ours and others'; errors have the nearest names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import difflib
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .registration import registered
+from .remote import RemoteScore
+from .scores import shorten
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -48,11 +53,7 @@ def agent_at(place: str) -> type[Agent]:
     """
     from .agent import Agent
 
-    module, _, attribute = place.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module raises
-        raise ValueError(f"agent {place!r} cannot be imported: {error}") from None
+    cls = _imported(place, "agent")
     if not (isinstance(cls, type) and issubclass(cls, Agent)):
         raise ValueError(f"agent must be a subclass of textrl.Agent; {place!r} is {cls!r}")
     if cls.update is Agent.update:
@@ -67,11 +68,8 @@ def agent_class(name: str) -> type[Agent]:
         ValueError: for a name nobody has, with the nearest.
     """
     if ":" in name:
-        sys.path.insert(0, "")
-        try:
+        with _working_folder():
             return agent_at(name)
-        finally:
-            sys.path.pop(0)
     known = {key.lower(): cls for key, cls in own_agents().items()}
     if name.lower() in known:
         return known[name.lower()]
@@ -99,14 +97,60 @@ def check_env_id(id: str) -> str:
     """
     module, _, plain = id.rpartition(":")
     if module:
-        sys.path.insert(0, "")
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a module may raise what it likes
-            raise ValueError(f"env {id!r} cannot be imported: {type(error).__name__}: {error}") from None
-        finally:
-            sys.path.pop(0)
+        with _working_folder():
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # a module may raise what it likes
+                raise ValueError(f"env {id!r} cannot be imported: {type(error).__name__}: {error}") from None
     known = list(registered())
     if plain not in known:
         raise ValueError(f"unknown env {plain!r}; {nearest(plain, known)}")
     return plain
+
+
+def reward_function(reward: Any) -> Callable[..., Any]:
+    """A reward function, itself or by its name: "module:function", a saved `RewardModel`'s folder, an HTTP address.
+
+    Raises:
+        ValueError: for anything else, or what cannot be imported or loaded.
+    """
+    if isinstance(reward, (str, Path)):
+        name = str(reward)
+        if name.startswith(("http://", "https://")):
+            return RemoteScore(name)
+        if Path(name).is_dir():
+            from .rewards import RewardModel
+
+            return RewardModel.load(name)
+        if ":" in name:
+            with _working_folder():
+                reward = _imported(name, "reward")
+    if callable(reward) and not isinstance(reward, type):
+        return reward
+    raise ValueError(
+        "reward must be a function of prompts and completions, or name one: module:function, the folder of a reward"
+        f" model, or an address (http://...); got {shorten(reward)}"
+    )
+
+
+def _imported(place: str, called: str) -> Any:
+    """What "module:name" names.
+
+    Raises:
+        ValueError: where there is none, or its module cannot be imported.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever somebody's module raises
+        raise ValueError(f"{called} {place!r} cannot be imported: {error}") from None
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    """Modules in the working folder are found too."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
