@@ -70,7 +70,9 @@ def test_the_horizon_ends_an_episode_and_is_no_truncation():
     assert terminated and not truncated and info["finish_reason"] == "length" and reward == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("action", [4, -1, 1.0, np.float64(1), np.array([1]), np.array(1.0), "a", None, [1], True])
+@pytest.mark.parametrize(
+    "action", [4, -1, 1.0, np.float64(1), np.array([1]), np.array(1.0), "a", None, [1], True, torch.tensor([1])]
+)
 def test_wrong_actions_leave_the_state_as_it_was(action):
     env, twin = textrl.TextEnv(Copy()), textrl.TextEnv(Copy())
     env.reset(seed=0)

@@ -78,7 +78,8 @@ def check_action(action: Any, vocab_size: int) -> int:
     """
     try:
         token = operator.index(action)
-        if 0 <= token < vocab_size and not isinstance(action, (bool, list)):
+        single = not isinstance(action, (bool, list)) and not getattr(action, "shape", ())
+        if single and 0 <= token < vocab_size:
             return token
     except TypeError:
         pass
