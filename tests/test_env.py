@@ -116,6 +116,10 @@ def test_a_snapshot_branches_an_episode():
         textrl.TextEnv(Copy()).restore(here)
     with pytest.raises(ValueError, match="snapshot has an observation"):
         textrl.TextEnv(Increasing(length=3)).restore(here)
+    with pytest.raises(ValueError, match="snapshot is of a task with another vocabulary than these 4 tokens"):
+        small, large = (textrl.TextEnv(Copy(symbols=symbols, length=2)) for symbols in ("abc", "abcde"))
+        large.reset(seed=0)
+        small.restore(large.snapshot())
 
 
 def test_a_snapshot_with_a_reference_gives_the_same_penalties():

@@ -302,6 +302,34 @@ def test_sb3_vec_env_takes_wrapped_environments_and_options():
         adapter.reset()
 
 
+def test_sb3_vec_env_sets_attributes_of_all_rows_or_none():
+    from textrl.sb3 import TextVecEnv
+
+    reference = tiny(Copy())
+    adapter = TextVecEnv(textrl.TextVectorEnv(Copy(), 2, reference=reference, kl_coef=0.1, autoreset_mode="SAME_STEP"))
+    with pytest.raises(ValueError, match=r"indices must be None or all 2 rows: they are one environment; got \[1\]"):
+        adapter.set_attr("kl_coef", 0.7, indices=[1])
+    adapter.set_attr("kl_coef", 0.7, indices=[0, 1])
+    assert adapter.get_attr("kl_coef") == [0.7, 0.7]
+
+
+def test_sb3_policy_refuses_observations_that_are_no_texts():
+    from stable_baselines3 import A2C
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+
+    from textrl.sb3 import CausalLMPolicy
+
+    def learn(env, steps=4):
+        kwargs = {"model": small_model(4, 32)}
+        A2C(CausalLMPolicy, env, n_steps=4, policy_kwargs=kwargs, device="cpu").learn(steps)
+
+    with pytest.raises(ValueError, match="observation_space must be of a textrl environment, token ids below 4 and 4"):
+        learn(gym.wrappers.TimeAwareObservation(TimeLimit(textrl.TextEnv(Copy()), 6)))
+    for kind in (lambda env: VecFrameStack(env, 2), VecNormalize):
+        with pytest.raises(ValueError, match="observation must be token ids from the left, and 4 where nothing is"):
+            learn(kind(DummyVecEnv([lambda: textrl.TextEnv(Copy())])))
+
+
 def test_sb3_policy_has_the_log_probabilities_of_the_model(tmp_path):
     from stable_baselines3 import PPO
 
@@ -486,15 +514,94 @@ def test_agents_go_by_the_penalty_that_a_wrapper_pays():
             cls(env, dataset=rows, device="cpu")
 
 
-def test_a_wrapper_that_changes_actions_is_refused():
-    env = gym.wrappers.TransformAction(textrl.TextEnv(Copy()), lambda a: (a + 1) % 4, None)
-    with pytest.raises(ValueError, match=r"env must take the tokens that it is given, .* took . in place of ."):
-        REINFORCE(env, batch_size=8, device="cpu").collect()
-    env = gym.wrappers.TransformObservation(textrl.TextEnv(Copy()), lambda o: o[::-1].copy(), None)
+class Reversed(gym.vector.VectorObservationWrapper):
+    """Shows the text of every row but the first step's in another order."""
+
+    def observations(self, observations):
+        return observations if (observations == 4).sum() >= 8 else np.sort(observations, axis=1)
+
+
+CHANGED = {
+    "other": lambda: gym.wrappers.TransformAction(textrl.TextEnv(Copy()), lambda a: (a + 1) % 4, None),
+    "the last": lambda: gym.wrappers.TransformAction(textrl.TextEnv(Copy(length=1)), lambda a: (a + 1) % 4, None),
+    "twice": lambda: gym.wrappers.RepeatAction(textrl.TextEnv(Copy()), 2),
+    "twice, the best of both": lambda: gym.wrappers.MaxAndSkipObservation(textrl.TextEnv(Copy()), 2),
+    **{
+        f"vector, {mode.name}": lambda mode=mode: vector_wrappers.TransformAction(
+            textrl.TextVectorEnv(Copy(length=1), 3, autoreset_mode=mode), lambda a: (a + 1) % 4, None
+        )
+        for mode in AutoresetMode
+    },
+    "shown otherwise": lambda: Reversed(textrl.TextVectorEnv(Copy(), 2)),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_wrapper_that_changes_actions_is_refused(kind):
+    with pytest.raises(ValueError, match=r"env must take the tokens that it is given, .* took \[.*\] in place of ."):
+        REINFORCE(CHANGED[kind](), batch_size=8, device="cpu").collect()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda env: gym.wrappers.TransformObservation(env, lambda o: o[::-1].copy(), None),
+            "token ids from 0 to 3, from",
+        ),
+        (
+            lambda env: gym.wrappers.TransformObservation(env, lambda o: o + 1, None),
+            "token ids from 0 to 3, from the left",
+        ),
+        (
+            lambda env: gym.wrappers.DtypeObservation(env, np.float32),
+            r"integer token ids .* got shape \(8,\), dtype float32",
+        ),
+    ],
+)
+def test_observations_that_are_no_texts_are_refused(change, message):
+    with pytest.raises(ValueError, match=f"observation must be {message}"):
+        REINFORCE(change(textrl.TextEnv(Copy())), batch_size=8, device="cpu").collect()
+
+
+def test_observations_may_be_smaller_numbers():
+    env = gym.wrappers.DtypeObservation(textrl.TextEnv(Copy()), np.uint8)
+    plain = RecordEpisodeStatistics(textrl.TextEnv(Copy()))
+    small, same = (PPO(each, batch_size=8, device="cpu", seed=1).collect() for each in (env, plain))
+    assert small.tokens.tolist() == same.tokens.tolist()
+
+
+class Silent(gym.Wrapper):
+    """Hands no info on."""
+
+    def step(self, action):
+        return *self.env.step(action)[:4], {}
+
+
+def test_a_wrapper_that_keeps_the_info_is_refused_where_the_score_would_be_missed():
+    reference = tiny(Copy())
     with pytest.raises(
-        ValueError, match=r"to be known, and show them as they are; <TransformObservation.* in place of"
+        ValueError, match="info must be handed on by every wrapper: it has the score of an episode that"
     ):
-        REINFORCE(env, batch_size=8, device="cpu").collect()
+        GRPO(Silent(textrl.TextEnv(Copy(), reference=reference, kl_coef=0.5)), batch_size=8, device="cpu").collect()
+    envs = vector_wrappers.DictInfoToList(textrl.TextVectorEnv(Copy(), 2))
+    with pytest.raises(ValueError, match="infos must be a dict of columns"):
+        REINFORCE(envs, batch_size=8, device="cpu").collect()
+
+
+def test_the_parts_of_a_sync_vector_env_must_be_alike():
+    reference = tiny(Copy())
+
+    def parts(**second):
+        settings = {"reference": reference, "kl_coef": 0.1}
+        first, other = settings, {**settings, **second}
+        return SyncVectorEnv([lambda: textrl.TextEnv(Copy(), **first), lambda: textrl.TextEnv(Copy(), **other)])
+
+    assert REINFORCE(parts(), batch_size=4, device="cpu").collect().ref_logprobs is not None
+    with pytest.raises(ValueError, match=r"env must be one whose parts have the same kl_coef; .* with \[0.1, 1.0\]"):
+        REINFORCE(parts(kl_coef=1.0), batch_size=4, device="cpu").collect()
+    with pytest.raises(ValueError, match=r"env must be one whose parts have the same vocabulary and temperature"):
+        REINFORCE(parts(temperature=0.5), batch_size=4, device="cpu")
 
 
 def test_an_agent_leaves_its_policy_with_nobody():
@@ -574,8 +681,31 @@ def test_a_penalty_above_a_wrapper_that_changes_actions_is_refused():
     inner = textrl.TextEnv(task)
     env = KLPenalty(gym.wrappers.TransformAction(inner, lambda action: 2, inner.action_space), tiny(task), 0.5)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took 2 in place of 1"):
+    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2\] in place of 1"):
         env.step(1)
+
+
+def test_a_penalty_above_a_wrapper_that_plays_a_token_twice_is_refused():
+    task = Copy(symbols="ab", length=2)
+    env = KLPenalty(gym.wrappers.RepeatAction(textrl.TextEnv(task), 2), tiny(task), 0.5)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[1, 1\] in place of 1"):
+        env.step(1)
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_a_vector_penalty_sees_the_last_action_of_an_episode(mode):
+    task = Copy(symbols="ab", length=1)
+    inner = textrl.TextVectorEnv(task, 2, autoreset_mode=mode)
+    changed = vector_wrappers.TransformAction(inner, lambda actions: np.full(2, 2), action_space=inner.action_space)
+    for given, fine in (([2, 2], True), ([2, 1], False)):
+        envs = VectorKLPenalty(changed, tiny(task), 0.5)
+        envs.reset(seed=0)
+        if fine:
+            envs.step(np.array(given))
+            continue
+        with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2\] in place of 1"):
+            envs.step(np.array(given))
 
 
 def test_the_score_is_weighed_as_before_where_ppo_shapes_it():
@@ -602,5 +732,5 @@ def test_a_vector_penalty_asks_nothing_of_rows_that_reset_and_refuses_changed_ac
     changed = vector_wrappers.TransformAction(inner, lambda actions: np.full(2, 2), action_space=inner.action_space)
     envs = VectorKLPenalty(changed, tiny(task), 0.5)
     envs.reset(seed=0)
-    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2, 2\] in place of \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2\] in place of 1"):
         envs.step(np.array([1, 1]))

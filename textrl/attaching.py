@@ -35,7 +35,12 @@ def base_env(env: Any) -> TextEnv | TextVectorEnv:
         right = "one whose parts are in this process: a SyncVectorEnv, or gym.make_vec's own TextVectorEnv"
         raise ValueError(f"env must be {right}; got {base!r}")
     if isinstance(base, gym.vector.SyncVectorEnv):
-        base = base.envs[0].unwrapped
+        parts: list[Any] = [each.unwrapped for each in base.envs]
+        if all(isinstance(part, TextEnv) for part in parts):
+            kinds = sorted({(part.task.vocab_size, part.temperature) for part in parts})
+            right = "one whose parts have the same vocabulary and temperature"
+            check("env", f"{base!r} with {kinds}", len(kinds) == 1, right)
+        base = parts[0]
     if not isinstance(base, (TextEnv, TextVectorEnv)):
         raise ValueError(f"env must be a textrl environment, wrapped or not; got {base!r}")
     return base
@@ -113,12 +118,20 @@ def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[flo
 
 
 def penalty_weight(env: Any) -> float:
-    """The sum of the weights of all KL penalties that are paid, by an environment and by wrappers around it."""
+    """The sum of the weights of all KL penalties that are paid, by an environment and by wrappers around it.
+
+    Raises:
+        ValueError: for a `SyncVectorEnv` whose parts pay it with different weights.
+    """
     weight = 0.0
     while not isinstance(env, (TextEnv, TextVectorEnv)):
         if isinstance(env, (KLPenalty, VectorKLPenalty)):
             weight += env.kl_coef
-        env = env.envs[0] if isinstance(env, gym.vector.SyncVectorEnv) else env.env
+        if isinstance(env, gym.vector.SyncVectorEnv):
+            weights = sorted({penalty_weight(each) for each in env.envs})
+            check("env", f"{env!r} with {weights}", len(weights) == 1, "one whose parts have the same kl_coef")
+            return weight + weights[0]
+        env = env.env
     return weight + (0.0 if env.reference is None else env.kl_coef)
 
 

@@ -260,6 +260,9 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
             raise ValueError(
                 f"snapshot has an observation of shape {snapshot.tokens.shape}, this environment {self._blank.shape}"
             )
+        written = snapshot.tokens[: snapshot.length]
+        if written.max() >= self.task.vocab_size or (snapshot.tokens[len(written) :] != self.task.vocab_size).any():
+            raise ValueError(f"snapshot is of a task with another vocabulary than these {self.task.vocab_size} tokens")
         self._row, self._tokens = dict(snapshot.row), snapshot.tokens.copy()
         self._prompt_length, self._length = snapshot.prompt_length, snapshot.length
         self._ended = snapshot.ended

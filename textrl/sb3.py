@@ -18,6 +18,7 @@ from .config import check
 from .models import load_model
 from .policy import CausalPolicy, values_at
 from .scalars import value_model
+from .scores import shorten
 from .vector import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -95,7 +96,13 @@ class TextVecEnv(VecEnv):
         return [getattr(self.envs.unwrapped, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
-        """Sets an attribute, for all rows."""
+        """Sets an attribute, for all rows.
+
+        Raises:
+            ValueError: for some of them.
+        """
+        every = sorted(self._get_indices(indices)) == list(range(self.num_envs))
+        check("indices", indices, every, f"None or all {self.num_envs} rows: they are one environment")
         setattr(self.envs.unwrapped, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> list[Any]:
@@ -138,8 +145,12 @@ class CausalLMPolicy(ActorCriticPolicy):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        size = int(getattr(action_space, "n", 0))
+        high = np.asarray(getattr(observation_space, "high", -1))
+        right = f"of a textrl environment, token ids below {size} and {size} where nothing is written"
+        check("observation_space", observation_space, high.ndim == 1 and bool((high == size).all()), right)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
-        self.vocab_size, self.temperature = int(action_space.n), temperature
+        self.vocab_size, self.temperature = size, temperature
         self.language_model: nn.Module = load_model(model)
         self.critic: nn.Module = value_model(load_model(model))
         settings = {"lr": lr_schedule(1), **self.optimizer_kwargs}
@@ -153,10 +164,18 @@ class CausalLMPolicy(ActorCriticPolicy):
         """No MLP: the constructor puts the language models in its place."""
 
     def _read(self, obs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Observations (B, L) -> tokens (B, S), and the row and column of each last token, (B,)."""
-        obs = obs.long()
+        """Observations (B, L) -> tokens (B, S), and the row and column of each last token, (B,).
+
+        Raises:
+            ValueError: for what is no text from the left.
+        """
+        given, obs = obs, obs.long()
         written = obs != self.vocab_size
         lengths = written.sum(1)
+        fine = (obs == given).all() & (obs >= 0).all() & (obs <= self.vocab_size).all() & written[:, 0].all()
+        if not fine or (written[:, 1:] > written[:, :-1]).any():
+            right = f"token ids from the left, and {self.vocab_size} where nothing is written, as textrl shows them"
+            raise ValueError(f"observation must be {right}; got {shorten(given.tolist())}")
         tokens = torch.where(written, obs, 0)[:, : int(lengths.max())]
         return tokens, torch.arange(len(obs), device=obs.device), lengths - 1
 

@@ -14,15 +14,17 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .arguments import check_observations
 from .asking import AllDropped
 from .attaching import Act, penalty_weight
 from .batch import pad_responses
+from .config import check
 from .generation import NotFinite
 from .rollout import Rollout
 from .rows import Row
 from .scores import about
 from .task import FAULT, Task
-from .wrappers import AnyEnv, check_taken
+from .wrappers import AnyEnv, check_taken, texts_after
 
 
 @dataclass
@@ -39,12 +41,18 @@ class _Episode:
     fault: str | None = None
     truncated: bool = False
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.actions)
+
     def end(self, infos: dict[str, Any], i: int, task: Task, kl_coef: float) -> None:
         """Takes the score and the text from what the environment said of row i, or else from what was done.
 
         Without a score that is what was paid beside the KL penalty, whose weight is `kl_coef`.
         """
         known = "score" in infos and ("_score" not in infos or bool(infos["_score"][i]))  # of this row, not of another
+        whole = self.actions[-1] == task.eos_token_id or len(self.actions) == task.max_new_tokens
+        right = "handed on by every wrapper: it has the score of an episode that is over, and what the reference says"
+        check("info", sorted(infos), known or not whole, right)
         if known and "completion" in infos:  # a wrapper may leave texts out
             self.completion = infos["completion"][i]
         else:
@@ -146,14 +154,21 @@ def _played(
     mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) if vector else AutoresetMode.DISABLED
     quota, kl_coef = -(-count // number), penalty_weight(env)
     finished: list[list[_Episode]] = [[] for _ in range(number)]
-    observations, infos = env.reset(seed=seed, options=options)
-    observations = observations if vector else observations[None]
+    observations = check_observations(env.reset(seed=seed, options=options)[0], task)
     running: list[_Episode | None] = [_begun(env, observations, i, task) for i in range(number)]
     while any(len(done) < quota for done in finished):
         actions, logprobs, masks = _finite(*act(observations))
         step = env.step(actions if vector else int(actions[0]))
         observations, rewards, terminated, truncated, infos = step if vector else _batched(*step)
+        observations = np.asarray(observations, dtype=np.int64)
+        check(
+            "infos", infos, isinstance(infos, dict), f"a dict of columns, as vector environments give them; {env} has"
+        )
         ended = np.asarray(terminated) | np.asarray(truncated)
+        texts, known = texts_after(observations, ended, infos, mode)
+        on = np.array([i for i, episode in enumerate(running) if episode is not None and known[i]], dtype=np.int64)
+        lengths = np.array([len(running[i]) for i in on.tolist()], dtype=np.int64)
+        check_taken(env, texts[on], lengths, actions[on], task.vocab_size)
         for i, episode in enumerate(running):
             if episode is None:  # NEXT_STEP: this step was the reset
                 running[i] = _begun(env, observations, i, task)
@@ -162,7 +177,6 @@ def _played(
             episode.logprobs.append(float(logprobs[i]))
             episode.rewards.append(float(rewards[i]) - missing_penalty * float(logprobs[i]))
             episode.masks.extend([] if masks is None else [masks[i]])
-            _check_row(env, None if ended[i] else _written(observations[i], task), int(actions[i]))
             said = infos.get("final_info", infos) if ended[i] and mode == AutoresetMode.SAME_STEP else infos
             if "ref_logprob" in said:
                 episode.ref_logprobs.append(float(said["ref_logprob"][i]))
@@ -173,7 +187,8 @@ def _played(
                     finished[i].append(episode)
                 running[i] = None
         if mode == AutoresetMode.DISABLED and ended.any():
-            observations = env.reset(options={"reset_mask": ended})[0] if vector else env.reset()[0][None]
+            fresh = env.reset(options={"reset_mask": ended})[0] if vector else env.reset()[0][None]
+            observations = np.asarray(fresh, dtype=np.int64)
         if mode != AutoresetMode.NEXT_STEP:
             for i in np.flatnonzero(ended).tolist():
                 running[i] = _begun(env, observations, i, task)
@@ -188,12 +203,6 @@ def _begun(env: Any, observations: NDArray[np.int64], i: int, task: Task) -> _Ep
     else:
         row = inner.rows[i]
     return _Episode(_written(observations[i], task), row)
-
-
-def _check_row(env: Any, text: NDArray[np.int64] | None, action: int) -> None:
-    """That a text ends with the token that was given; None: it has ended, and is not seen any more."""
-    if text is not None:
-        check_taken(env, text[-1], action)
 
 
 def _finite(actions: NDArray[np.int64], logprobs: NDArray[np.float32], masks: NDArray[np.bool_] | None) -> Any:

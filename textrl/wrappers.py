@@ -130,18 +130,45 @@ def _check_unpaid(env: AnyEnv) -> None:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
 
 
-def check_taken(env: Any, taken: Any, given: Any) -> None:
-    """Refuses an environment some wrapper of which changes actions: nobody knows what the others cost.
+def check_taken(
+    env: Any, texts: NDArray[np.int64], lengths: NDArray[np.int64], given: NDArray[np.int64], vocab_size: int
+) -> None:
+    """Refuses an environment some wrapper of which changes actions or repeats them: nobody knows what the others cost.
 
-    One that changes observations looks the same: a text then does not end with the token that was given.
+    One that changes observations looks the same: a text then does not go on with the token that was given alone.
+
+    Args:
+        env: for the message.
+        texts: (n, L) after a step, ended ones too.
+        lengths: (n,) of the same texts before it.
+        given: (n,) the tokens.
+        vocab_size: V, what stands where nothing is written.
 
     Raises:
         ValueError: with both.
     """
-    if not np.array_equal(taken, given):
-        took = f"{env} took {np.asarray(taken).tolist()} in place of {np.asarray(given).tolist()}"
+    grown = (texts != vocab_size).sum(1) == lengths + 1
+    same = grown & (np.take_along_axis(texts, lengths[:, None], 1)[:, 0] == given)
+    if not same.all():
+        first = int(np.flatnonzero(~same)[0])
+        took = texts[first, lengths[first] :]
+        said = f"{env} took {took[took != vocab_size].tolist()} in place of {int(given[first])}"
         why = "for their log-probabilities to be known"
-        raise ValueError(f"env must take the tokens that it is given, {why}, and show them as they are; {took}")
+        raise ValueError(f"env must take the tokens that it is given, {why}, and show them as they are; {said}")
+
+
+def texts_after(
+    texts: NDArray[np.int64], ended: NDArray[np.bool_], infos: dict[str, Any], mode: AutoresetMode
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The texts after a step of a vector environment, (N, L), ended ones as they ended; and which are known, (N,)."""
+    if mode != AutoresetMode.SAME_STEP or not ended.any():
+        return texts, np.ones(len(texts), dtype=np.bool_)
+    last = infos.get("final_obs")
+    if last is None or any(np.shape(last[i]) != texts.shape[1:] for i in np.flatnonzero(ended)):
+        return texts, ~ended
+    texts = texts.copy()
+    texts[ended] = np.stack([last[i] for i in np.flatnonzero(ended)])
+    return texts, np.ones(len(texts), dtype=np.bool_)
 
 
 def _as_before(policy: Policy | None, before: NDArray[np.int64], begun: bool) -> Policy | None:
@@ -192,9 +219,8 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         observation, reward, terminated, truncated, info = self.env.step(action)
         if not live:
             return observation, float(reward), terminated, truncated, info
-        length = int((before != self.penalty.vocab_size).sum())
-        if not (terminated or truncated):
-            check_taken(self.env, base.tokens[length], action)
+        lengths = (before != self.penalty.vocab_size).sum(1)
+        check_taken(self.env, base.tokens[None], lengths, np.array([action]), self.penalty.vocab_size)
         added, columns = self.penalty(before, [int(action)], self.kl_coef, self.temperature, policy)
         info = {**info, **{key: values[0] for key, values in columns.items()}}
         return observation, float(reward) + float(added[0]), terminated, truncated, info
@@ -229,8 +255,10 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
         policy = _as_before(base.policy, before, bool(live.any()))
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         ended = np.logical_or(terminations, truncations)
-        lengths, on = (before != self.penalty.vocab_size).sum(1), (live & ~ended).nonzero()[0]
-        check_taken(self.env, base.tokens[on, lengths[on]], np.asarray(actions)[on])
+        lengths = (before != self.penalty.vocab_size).sum(1)
+        after, known = texts_after(base.tokens, ended, infos, self._mode)
+        on = (live & known).nonzero()[0]
+        check_taken(self.env, after[on], lengths[on], np.asarray(actions)[on], self.penalty.vocab_size)
         added, columns = self.penalty(before, np.asarray(actions), self.kl_coef, self.temperature, policy, live)
         for into, rows in self._places(infos, live, ended):
             for key, values in columns.items():
