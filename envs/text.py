@@ -42,7 +42,7 @@ class Text(Task):
         tokenizer: a Hugging Face fast tokenizer, or the folder or hub name of one; default: that of a reference which
             is named, else one symbol per printable ASCII character.
         prompts: texts, rows with a "prompt", a `datasets.Dataset` with a "prompt" column, or a JSON (lines), CSV or
-            Parquet file of such rows.
+            Parquet file of such rows; the columns of a CSV file are texts.
         reward: called with prompts, completions, completion_ids and every other column, as keyword lists; or its name:
             "module:function", the folder of a saved `RewardModel`, or the address of an HTTP endpoint, asked as
             `textrl.RemoteScore` says.

@@ -11,6 +11,7 @@ from conftest import benchmark
 from datasets import Dataset
 
 import textrl
+import textrl.envs.copy
 from textrl.agents import BPO, DPO, SFT, BestOfN, ReST
 from textrl.agents.best_of_n import best_of_groups, kl_bound
 from textrl.agents.bpo import advantage_weights, best_of_each, truncated_advantages
@@ -597,3 +598,10 @@ def test_a_loaded_dpo_asks_about_other_pairs_however_many_they_are(tmp_path):
     fresh = DPO(env, small_model(4, 8), dataset=pairs, batch_size=4)
     known = [sorted(row["ref_logprob"] for row in each.collect().rows) for each in (again, fresh)]
     assert known[0] == pytest.approx(known[1], abs=1e-5)
+
+
+def test_pairs_without_a_prompt_column_are_told_who_finds_it():
+    with pytest.raises(
+        ValueError, match=r"dataset row 0, column 'prompt' is missing; .*; read_preferences\(rows\) finds"
+    ):
+        DPO(textrl.TextEnv(textrl.envs.copy.Copy()), dataset=[{"chosen": "ab", "rejected": "ac"}])

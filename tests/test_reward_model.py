@@ -95,11 +95,10 @@ def test_a_training_does_not_go_on_with_the_checkpoints_of_another(tmp_path):
 def test_a_checkpoint_keeps_how_texts_are_read_and_a_copy_does_not(tmp_path):
     tokenizer = textrl.symbol_tokenizer("abc")
     scorer = RewardModel.from_language_model(small_model(4, 16), tokenizer, max_length=4, special_tokens=True)
-    scorer.mean, scorer.std = 3.0, 2.0
     pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
     train_reward_model(scorer, pairs, RewardModelConfig(batch_size=4), log_dir=tmp_path, checkpoint_every=4)
     found = RewardModel.load(tmp_path / "best")
-    assert (found.max_length, found.special_tokens, found.mean, found.std) == (4, True, 3.0, 2.0)
+    assert (found.max_length, found.special_tokens, found.mean, found.std) == (4, True, 0.0, 1.0)
     scorer.max_length = 5
     with pytest.raises(ValueError, match="holds a training with another options"):
         train_reward_model(
@@ -163,6 +162,14 @@ def test_scores_that_are_all_alike_are_shifted_alone():
     with pytest.warns(UserWarning, match="all 2 texts score alike"):
         reward.standardise(["", ""], ["ab", "ab"])
     assert reward.std == 1.0 and reward([""], ["ab"]) == pytest.approx([0.0], abs=1e-6)
+
+
+def test_a_model_that_learns_more_has_no_longer_the_mean_and_deviation_of_its_old_weights():
+    reward = RewardModel(*scorer())
+    reward.standardise(["", ""], ["ab", "b"])
+    assert (reward.mean, reward.std) != (0.0, 1.0)
+    train_reward_model(reward, [{"prompt": "", "chosen": "ab", "rejected": "b"}])
+    assert (reward.mean, reward.std) == (0.0, 1.0)
 
 
 def test_pairs_may_be_rows_and_long_ones_are_warned_of():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import textrl
 import textrl.wrappers
@@ -241,6 +241,21 @@ def test_a_named_reference_or_model_brings_its_tokenizer(tmp_path, capsys, monke
     both = [*run, *flags, "--reference", model, "--log-dir", str(tmp_path / "both")]
     assert cli.main(both) == 0
     assert json.loads((tmp_path / "both/run.json").read_text())["env_kwargs"]["kl_coef"] == 0.1
+
+
+def test_what_is_saved_tells_transformers_where_a_response_ends(tmp_path):
+    tokenizer = chat_tokenizer()
+    model = small_model(len(tokenizer), 32)
+    model.config.eos_token_id, model.generation_config.eos_token_id = 3, [3, 4]
+    env = gym.make("textrl/Text-v0", tokenizer=tokenizer, prompts=["a"], max_new_tokens=4)
+    SFT(env, model, dataset=[{"prompt": "a", "completion": "b"}]).save(tmp_path / "agent")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
+    assert saved.generation_config.eos_token_id == saved.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.eos_token_id == 3 and model.generation_config.eos_token_id == [3, 4]
+    model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
+    SFT(env, model, dataset=[{"prompt": "a", "completion": "b"}]).save(tmp_path / "agent")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
+    assert saved.generation_config.eos_token_id == [3, tokenizer.eos_token_id]
 
 
 def test_a_model_that_was_saved_with_another_tokenizer_is_warned_of(tmp_path):

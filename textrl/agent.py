@@ -101,6 +101,8 @@ class Agent:
             raise ValueError(
                 f"env must give token ids as textrl does, {self.base.observation_space}; got {env.observation_space}"
             )
+        kind = torch.get_default_dtype()
+        check("torch's default dtype", kind, kind == torch.float32, "torch.float32, as torch.set_default_dtype sets it")
         self.device = pick_device(self.config.device)
         self.rng = np.random.default_rng([self.config.seed, 1])  # prompts
         self.generator = torch.Generator().manual_seed(self.config.seed)  # tokens, minibatches

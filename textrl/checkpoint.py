@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,8 +102,11 @@ def save_agent(agent: Agent, folder: Path) -> None:
         for name, module in agent.modules.items():
             taken = name in ("state", "model", "adapter_model", BASE) or name.startswith("model-")
             check("modules", name, not taken, "modules under other names than those of the policy's files")
-            if not has_adapter(module):
-                save_module(module, part, "" if name == "policy" else name)
+            if name == "policy" and not has_adapter(module):
+                with _end_token_told(agent.model, agent.task.eos_token_id):
+                    save_module(module, part, "")
+            elif not has_adapter(module):
+                save_module(module, part, name)
             elif name == "policy":
                 save_adapter(agent.model, part, folder)
             else:
@@ -129,6 +133,21 @@ def save_agent(agent: Agent, folder: Path) -> None:
             "dataset": agent.dataset_digest,
         }
         write_manifest(part, facts)
+
+
+@contextmanager
+def _end_token_told(model: PreTrainedModel, end: int) -> Iterator[None]:
+    """The end token in a model's settings, by which transformers' `generate` stops, while they are written."""
+    settings = (model.config, getattr(model, "generation_config", None))
+    told = [(each, each.eos_token_id) for each in settings if each is not None]
+    unaware = [(each, ends) for each, ends in told if end not in (ends if isinstance(ends, list) else [ends])]
+    for each, _ in unaware:
+        each.eos_token_id = end
+    try:
+        yield
+    finally:
+        for each, ends in unaware:
+            each.eos_token_id = ends
 
 
 def skipped(agent: Agent) -> set[str]:

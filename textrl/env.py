@@ -62,7 +62,8 @@ class TextEnv(gym.Env[NDArray[np.int64], np.int64]):
 
     Args:
         task: what to say and how good it was.
-        reference: a causal language model (or the name or folder of one) to stay close to. It is frozen.
+        reference: a causal language model (or the name or folder of one) to stay close to. It is frozen, without
+            dropout, in place: what is still to be trained elsewhere is passed as a copy.
         kl_coef: weight of the KL penalty, at least 0.
         temperature: divides the reference's and the policy's logits before the softmax.
         render_mode: None, "ansi", "human" or "rgb_array".

@@ -205,7 +205,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
     Raises:
         ValueError: with what it does, or both sizes.
     """
-    check_vocabulary_size(model, tokenizer)
+    check_vocabulary_size(model, tokenizer, called)
     if wrong := _not_causal(model):
         raise ValueError(
             f"{called} must be a causal language model, such as AutoModelForCausalLM loads;"
@@ -227,7 +227,7 @@ def _not_causal(model: PreTrainedModel) -> str:
     return "reads both ways: what it says at a token changes with those after it" if looks_ahead(model) else ""
 
 
-def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, called: str = "model") -> None:
     """Refuses a tokenizer whose tokens a model does not all know.
 
     Raises:
@@ -236,7 +236,7 @@ def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     size = model.get_input_embeddings().weight.shape[0] if model.get_input_embeddings() is not None else None
     if size is not None and len(tokenizer) > size:
         raise ValueError(
-            f"tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {size}:"
+            f"tokenizer has {len(tokenizer)} tokens but the {called}'s vocabulary only {size}:"
             " use the tokenizer the model was trained with, or model.resize_token_embeddings(len(tokenizer))"
         )
 

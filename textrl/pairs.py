@@ -17,6 +17,7 @@ from .config import check
 from .files import Rows, all_or_none
 from .offline import encode_response, prompt_of, token_ids
 from .preferences import REFERENCE_COLUMNS
+from .scores import shorten
 from .task import Task
 
 SIDES = ("chosen", "rejected")
@@ -49,6 +50,9 @@ def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
 
 def _encode(task: Task, row: Mapping[str, Any], strict: bool) -> Pair:
     row = as_texts(row, [side for side in SIDES if row.get(f"{side}_ids") is None], ChatFormat.of(task))
+    if "prompt" not in row and all(isinstance(row.get(side), str) for side in SIDES):
+        more = "read_preferences(rows) finds the prompt with which both texts of a row begin"
+        raise ValueError(f"column 'prompt' is missing; got the columns {shorten(list(row))}; {more}")
     prompt = prompt_of(row, task, strict)
     responses = []
     for side in SIDES:

@@ -24,7 +24,7 @@ class Penalty:
     """`-kl_coef * (log pi - log pi_ref)` of a token; `+kl_coef * log pi_ref` where the policy is not known.
 
     Args:
-        reference: a causal language model, or the name or folder of one. It is frozen.
+        reference: a causal language model, or the name or folder of one. It is frozen in place.
         task: what is played.
 
     Attributes:

@@ -272,7 +272,7 @@ def train_reward_model(
     resume: bool = False,
     **settings: Any,
 ) -> None:
-    """Fits a reward model to preference pairs in place.
+    """Fits a reward model to preference pairs in place; its scores are then the raw scalars, until `standardise`.
 
     Args:
         reward_model: to be trained.
@@ -301,6 +301,7 @@ def train_reward_model(
     config = make_config(RewardModelConfig, config, settings)
     _warn_of_cut_texts(reward_model, data)
     training = _Training(reward_model, data, config)
+    reward_model.mean, reward_model.std = 0.0, 1.0  # those of other weights
     with alone(None if log_dir is None else Path(log_dir)):
         _learn(training, run)
     reward_model.model.requires_grad_(False)

@@ -124,7 +124,8 @@ class Task:
 
         Returns:
             B floats; or B lists, a reward for every token of each response (the one at token t may depend only
-            on the tokens up to t, because a stepped environment pays it there and then).
+            on the tokens up to t, because a stepped environment pays it there and then). Which of the two it is, is
+            found out by its first answer: a stepped environment asks it about the first token of its first episode.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score(prompts, completions, **columns)")
 
