@@ -36,6 +36,8 @@ from textrl.scalars import load_scalar
 from textrl.textcritic import separate_critic
 from textrl.wrappers import AnyEnv
 
+_CRITICS = '"separate", "shared", a RewardModel or a scalar model'
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(AgentConfig):
@@ -65,7 +67,7 @@ class PPOConfig(AgentConfig):
         super().__post_init__()
         for name in ("epochs", "minibatches"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("critic", self.critic, self.critic in ("separate", "shared"), '"separate" or "shared"')
+        check("critic", self.critic, self.critic in ("separate", "shared"), _CRITICS)
         check("clip_coef", self.clip_coef, 0 < self.clip_coef < 1, "above 0 and below 1")
         for name in ("gamma", "gae_lambda"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
@@ -120,8 +122,7 @@ class PPO(Agent):
     ) -> None:
         if isinstance(critic, str):
             settings["critic"], critic = critic, None
-        right = '"separate", "shared", a RewardModel or a scalar model'
-        check("critic", critic, critic is None or isinstance(critic, (RewardModel, PreTrainedModel)), right)
+        check("critic", critic, critic is None or isinstance(critic, (RewardModel, PreTrainedModel)), _CRITICS)
         self._critic_from = critic
         super().__init__(env, model, config, **settings)
         del self._critic_from

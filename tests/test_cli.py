@@ -361,3 +361,61 @@ def test_every_setting_of_an_agent_has_its_comment_as_help(name):
     config_class = getattr(agents, name).config_class
     comments = field_comments(config_class)
     assert [field.name for field in dataclasses.fields(config_class) if not comments.get(field.name)] == []
+
+
+FAULTY = '''import textrl
+from textrl.envs.copy import Copy
+
+
+class Faulty(Copy):
+    """No score for what begins with b."""
+
+    deterministic = False
+
+    def score(self, prompts, completions, **columns):
+        return [float("nan") if text.startswith("b") else 1.0 for text in completions]
+
+
+class Needs(Copy):
+    def __init__(self, x):
+        super().__init__()
+
+
+textrl.register("faulty/Faulty-v0", Faulty)
+textrl.register("faulty/Needs-v0", Needs)
+'''
+
+
+def test_dropped_episodes_are_not_counted_when_a_run_is_evaluated(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    for agent in ("reinforce", "bestofn"):
+        command = f"train {agent} --env faulty:faulty/Faulty-v0 --total-timesteps 60 --batch-size 16 --quiet"
+        command += f" --on-score-error drop --max-dropped-share 1 --log-dir {agent}"
+        assert run(capsys, *command.split())[0] == 0
+        code, out, _ = run(capsys, "evaluate", agent, "--episodes", "200", "--json")
+        found = json.loads(out)
+        assert code == 0 and found["dropped"] > 0 and found["score"] == 1.0
+        assert agent == "bestofn" or found["episodes"] + found["dropped"] == 200  # that drops samples of an episode
+
+
+def test_a_task_that_needs_an_argument_is_told(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    code, _, err = run(capsys, "train", "ppo", "--env", "faulty:faulty/Needs-v0", "--log-dir", "run")
+    assert code == 2 and "Needs cannot be made with {}: missing a required argument: 'x'" in err
+
+
+def test_a_run_under_a_time_limit_is_evaluated_under_it(capsys, tmp_path):
+    command = "train reinforce --env textrl/Vowels-v0 --env-arg max_episode_steps=2 --total-timesteps 60 --quiet"
+    assert run(capsys, *command.split(), "--log-dir", str(tmp_path / "run"))[0] == 0
+    code, out, _ = run(capsys, "evaluate", str(tmp_path / "run"), "--episodes", "50", "--json")
+    assert code == 0 and 0 < json.loads(out)["response_length"] <= 2
+
+
+def test_numbers_and_folders_that_cannot_be_are_told(capsys):
+    code, _, err = run(capsys, "train", "ppo", "--env", "textrl/Copy-v0", "--log-dir", "/proc/none")
+    assert code == 2 and "log_dir must be a folder that can be written; got '/proc/none'" in err
+    with pytest.raises(SystemExit):
+        run(capsys, "train", "ppo", "--env", "textrl/Copy-v0", "--total-timesteps", "1e400000")
+    assert "must be a whole number below 1e19" in capsys.readouterr().err

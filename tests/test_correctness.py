@@ -267,7 +267,7 @@ def test_truncation_renormalises():
     tokens, logprobs = draw(logits.expand(50, 4), torch.linspace(0, 0.999, 50), Sampling(top_p=0.8))
     assert set(tokens.tolist()) == {1, 2, 3}
     torch.testing.assert_close(logprobs[0].exp(), torch.tensor(0.5 / 0.9))
-    assert draw(logits, torch.tensor([0.99]), Sampling(greedy=True))[0].tolist() == [1]
+    assert draw(logits, torch.tensor([0.99]), Sampling(deterministic=True))[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("name", MODELS)

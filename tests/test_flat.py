@@ -343,7 +343,7 @@ def test_the_kernel_attends_to_what_is_written(heads, groups, dim, decoding, mon
 def test_greedy_and_truncated_draws_agree(plainly):
     policy = CausalPolicy(gpt2(), VOCAB)
     prompts = [np.array([1, 2]), np.array([3])]
-    for sampling in (Sampling(greedy=True), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8, min_new_tokens=5)):
+    for sampling in (Sampling(deterministic=True), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8, min_new_tokens=5)):
         seeded = torch.Generator().manual_seed
         runs = [generate(policy, prompts, 9, [0], sampling=sampling, generator=seeded(2))]
         with pytest.MonkeyPatch.context() as patch:

@@ -6,10 +6,12 @@ import gymnasium as gym
 import pytest
 import torch
 
+import textrl
 from textrl import cli
 from textrl.agents import BPO, ReST
 from textrl.episodes import as_episodes, read_episodes, take_in
 from textrl.models import small_model
+from textrl.ope import ope
 
 minari = pytest.importorskip("minari")
 
@@ -118,3 +120,30 @@ def test_what_is_wrong_is_one_line(message, arguments, capsys, tmp_path, monkeyp
 def test_a_dataset_is_not_written_over(logged, capsys):
     code, _, err = run(capsys, "collect", *COPY, "--dataset", logged)
     assert code == 2 and "dataset must be a new folder" in err
+
+
+def test_episodes_of_a_shorter_horizon_are_no_episodes_of_a_longer_one(logged, capsys):
+    longer = ["--env", "textrl/Copy-v0", "--env-arg", "symbols=ab", "--env-arg", "length=4"]
+    code, _, err = run(capsys, "ope", *longer, "--dataset", logged)
+    assert code == 2 and "dataset must be" in err
+
+
+def test_episodes_that_stop_short_are_refused_or_warned_of():
+    env = gym.make("textrl/Vowels-v0", length=3)
+    rows = [{"prompt": "", "completion_ids": [1, 2], "score": 1.0, "logprobs": [-1.0, -1.0]}] * 4
+    said = r"dataset must be episodes that end with the end token or after max_new_tokens=3 tokens; got '4 of 4"
+    with pytest.raises(ValueError, match=said):
+        ope(rows, small_model(env.unwrapped.task.vocab_size, 16), env)
+    with pytest.warns(UserWarning, match="4 of 4 logged episodes end before the end token and before max_new_tokens=3"):
+        BPO(env, dataset=rows)
+
+
+def test_a_reference_has_a_weight_where_none_is_given(logged, tmp_path, capsys):
+    task = gym.make("textrl/Copy-v0", length=2, symbols="ab").unwrapped.task
+    textrl.tabular_model(task, std=1.0, seed=3).save_pretrained(tmp_path / "reference")
+    flags = ["--reference", tmp_path / "reference", "--dataset", logged, "--penalised", "--json"]
+    found = [
+        json.loads(run(capsys, "ope", *COPY, *flags, *more)[1]) for more in ([], ["--kl-coef", 0.1], ["--kl-coef", 0])
+    ]
+    default, given, none = (each["estimates"]["wis"]["value"] for each in found)
+    assert default == given != none

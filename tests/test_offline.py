@@ -413,7 +413,7 @@ def test_pairs_held_out_are_none_of_those_learned_from() -> None:
 def test_pairs_that_the_horizon_makes_alike_are_dropped_with_a_warning() -> None:
     rows = [{"prompt": "", "chosen": "abcabca", "rejected": "abcabcc"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
     with pytest.warns(
-        UserWarning, match="dropped 1 of 2 pairs whose chosen and rejected are the same 4 tokens at most"
+        UserWarning, match="dropped 1 of 2 pairs whose chosen and rejected are alike in max_new_tokens=4 tokens"
     ):
         assert len(DPO(textrl.TextEnv(Weighted()), dataset=rows, device="cpu")._pairs) == 1
 

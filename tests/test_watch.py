@@ -163,3 +163,13 @@ def test_weights_that_are_not_finite_stop_the_run(stepped, tmp_path):
     with warnings.catch_warnings(), pytest.raises(TrainingError, match=r"not finite"):
         warnings.simplefilter("ignore")
         agent.learn(100_000, log_dir=tmp_path, checkpoint_every=1, callback=spoil)
+
+
+def test_a_score_that_has_become_the_best_is_no_sign():
+    env, scores = text_env(lambda completions: [float(text.startswith("b")) for text in completions]), []
+    agent = agents.REINFORCE(env, batch_size=32, learning_rate=0.02)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agent.learn(12_000, callback=lambda _, metrics: scores.append(metrics["rollout/score"]))
+    assert scores[0] < 1 and scores[-5:] == [1.0] * 5
+    assert not [each for each in caught if str(each.message).startswith("score is")]

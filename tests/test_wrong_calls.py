@@ -406,3 +406,61 @@ def test_a_task_may_have_its_functions_on_itself():
     task.score = lambda prompts, completions, **columns: [1.0] * len(prompts)
     task.prompts = lambda: [{"prompt": "a"}]
     assert textrl.solve(task).score == 1
+
+
+class Bare(textrl.Agent):
+    """Forgets what makes an agent."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def update(self, rollout):
+        return {}
+
+
+def test_an_agent_that_forgets_to_be_made_is_told(task):
+    refused("agent Bare must call super().__init__(env, model, config, **settings)", lambda: Bare(task).learn(10))
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (lambda logprobs: logprobs.mean(), "got a tensor of shape ()"),
+        (lambda logprobs: (logprobs, {}), "got a tensor of shape (4, 2)"),
+        (lambda logprobs: (logprobs.mean().detach(), {}), "got a tensor of shape () without a gradient"),
+        (lambda logprobs: (logprobs.mean(), None), "got a tensor of shape ()"),
+        (lambda logprobs: None, "got None"),
+    ],
+)
+def test_a_loss_that_is_none_is_told(found, message, task):
+    agent = PPO(textrl.TextEnv(task), batch_size=4, device="cpu")
+    rollout = agent.collect()
+    with pytest.raises(ValueError) as caught:
+        agent.minimise(lambda batch: found(agent.logprobs(batch)), rollout)
+    assert "loss must be a function of a batch that gives (mean, numbers)" in str(caught.value)
+    assert str(caught.value).endswith(message)
+
+
+def test_a_model_is_no_policy_of_an_environment(task, reference):
+    env = textrl.TextEnv(task, reference=reference, kl_coef=0.1)
+    env.policy = reference
+    env.reset(seed=0)
+    refused("policy must be a function observations (B, L) -> logits (B, V); textrl.policy.Causal", lambda: env.step(1))
+
+
+def test_one_observation_is_acted_on_alone(task):
+    agent = PPO(textrl.TextEnv(task), device="cpu")
+    observation, _ = agent.env.reset(seed=0)
+    assert np.ndim(agent.act(observation)) == 0
+    assert agent.act(observation[None]).shape == (1,)
+    refused("observation must be integer token ids", lambda: agent.act(observation / 2))
+
+
+def test_what_was_typed_is_what_is_named(task):
+    agent = PPO(textrl.TextEnv(task), device="cpu")
+    refused("deterministic must be True or False", lambda: agent.generate(["a"], deterministic=1))
+    refused("total_timesteps must be a number or None", lambda: agent.learn("100"))
+    refused('critic must be "separate", "shared", a RewardModel or a scalar', lambda: PPO(agent.env, critic="folder"))
+    refused("task must be an instance of a subclass", lambda: textrl.exact_gradient("task", textrl.tabular_model(task)))
+    row = {"prompt": "a", "chosen": "a", "rejected": "?"}
+    refused("dataset row 0, rejected has text that the tokenizer does not know", lambda: DPO(agent.env, dataset=[row]))

@@ -93,8 +93,9 @@ def respond(agent: Agent, rows: Sequence[Row]) -> Rollout:
 
 
 def in_environment(agent: Agent, observations: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens for the observations the environment shows now: (N, L) -> (N,)."""
-    return _actor(agent)(observations)[0]
+    """Tokens for the observations the environment shows now: (N, L) -> (N,), or (L,) -> ()."""
+    actions = _actor(agent)(check_observations(observations, agent.task))[0]
+    return actions if np.ndim(observations) == 2 else actions[0]
 
 
 def _actor(agent: Agent) -> Act:
@@ -114,7 +115,7 @@ def on_observation(
         check("action_masks", action_masks, bool(masks.any(1).all()), "masks with at least one token in each row")
     stepper = StepwiseLM(agent.policy)  # a new one: weights may have changed in ways that an old one does not see
     masks = both_masks(masks, agent.own_masks, observations)
-    sampling = Sampling(agent.base.temperature, greedy=deterministic)
+    sampling = Sampling(agent.base.temperature, deterministic=deterministic)
     tokens, logprobs = draw_inside(stepper(observations), masks, sampling, agent.generator)
     if not logprobs.isfinite().all():
         raise NotFinite

@@ -303,7 +303,7 @@ class Agent:
     # ---- acting ----------------------------------------------------------------------------------------------
 
     def act(self, observations: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draws one token for each observation that the environment shows now: (N, L) int64 -> (N,) int64."""
+        """Draws a token for each observation that the environment shows now: (N, L) int64 -> (N,); (L,) -> ()."""
         return acting.in_environment(self, observations)
 
     def predict(

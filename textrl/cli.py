@@ -98,6 +98,8 @@ def quiet_libraries() -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
+    from .acting import collect
+    from .attaching import is_bare
     from .models import few_threads
 
     if options.episodes < 1:
@@ -105,11 +107,16 @@ def evaluate_run(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed)
     with few_threads(agent.model):
-        rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
+        if is_bare(agent.env):
+            rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
+        else:  # under the time limit of the run
+            rollout = collect(agent, options.episodes, 1)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
-    if options.episodes > 1:
-        out["score_standard_error"] = out["score_std"] / (options.episodes - 1) ** 0.5
-    out["episodes"] = options.episodes
+    if len(rollout) > 1:
+        out["score_standard_error"] = out["score_std"] / (len(rollout) - 1) ** 0.5
+    out["episodes"] = len(rollout)
+    if rollout.dropped:
+        out["dropped"] = len(rollout.dropped)
     if (best := agent.task.best_score) is not None:
         out["best_score"] = best
         if best > 0:

@@ -27,7 +27,7 @@ def list_envs(options: argparse.Namespace) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("id", "vocabulary", "horizon", "responses", "best score", "teaches"):
-        table.add_column(name, justify="left" if name in ("id", "teaches") else "right")
+        table.add_column(name, justify="left" if name in ("id", "teaches") else "right", no_wrap=name == "id")
     for id, where in registered().items():
         table.add_row(*env_cells(id, where))
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from .cli_flags import given_penalty, own_tokenizer, parse_env_args
+from .cli_flags import KL_HELP, own_tokenizer, parse_env_args, training_penalty
 from .plugins import check_env_id
 from .render import escape
 from .runs import FINAL
@@ -45,7 +45,7 @@ def _policy_flags(parser: argparse.ArgumentParser, who: str) -> None:
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: a small random one)")
     parser.add_argument("--env-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of --env")
     parser.add_argument("--reference", help="folder or hub name of the frozen reference")
-    parser.add_argument("--kl-coef", type=float, help="weight of the KL penalty (default: the environment's)")
+    parser.add_argument("--kl-coef", type=float, help=KL_HELP)
     parser.add_argument("--prompts", metavar="FILE", help="json, jsonl, csv or parquet with a column prompt")
 
 
@@ -65,7 +65,7 @@ def env_and_model(options: argparse.Namespace) -> tuple[Any, Agent | PreTrainedM
         if options.prompts is not None:
             kwargs["prompts"] = options.prompts
         id = check_env_id(options.env)
-        kwargs |= given_penalty(options) | own_tokenizer(id, kwargs, options.model)
+        kwargs |= training_penalty(options, id) | own_tokenizer(id, kwargs, options.model)
         env = gym.make_vec(id, num_envs=1, **kwargs)
         task = base_env(env).task
         length = task.max_prompt_tokens + task.max_new_tokens

@@ -103,7 +103,8 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         "str": isinstance(value, str),
         "None": value is None,
     }
-    check(name, value, any(fits[kind] for kind in kinds), " or ".join(words[kind] for kind in kinds))
+    told = [words[kind] for kind in kinds if kind != "int" or "float" not in kinds]
+    check(name, value, any(fits[kind] for kind in kinds), " or ".join(told))
 
 
 def check_types(config: Any) -> None:

@@ -20,14 +20,14 @@ class Sampling:
         top_k: only the k most probable tokens (0: all).
         top_p: only the most probable tokens whose probabilities reach p together (1: all).
         min_new_tokens: the end token cannot come before this many tokens.
-        greedy: the most probable token in place of a drawn one.
+        deterministic: the most probable token in place of a drawn one.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_new_tokens: int = 0
-    greedy: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -40,7 +40,7 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether every token can be drawn, with its own probability."""
-        return self.top_k == 0 and self.top_p == 1 and not self.greedy
+        return self.top_k == 0 and self.top_p == 1 and not self.deterministic
 
 
 def within_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -74,7 +74,7 @@ def draw(
     if sampling.top_p < 1:
         scaled = scaled.masked_fill(~within_top_p(scaled, sampling.top_p), -torch.inf)
     probabilities = scaled.softmax(-1)
-    if sampling.greedy:
+    if sampling.deterministic:
         tokens = scaled.argmax(-1)
     else:
         cumulative = probabilities.cumsum(-1)  # (B, V)

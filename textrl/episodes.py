@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,9 @@ def take_in(logged: Rollout, base: TextEnv | TextVectorEnv, tokens_at_once: int)
         ValueError: for episodes whose scores are not known.
     """
     check_whole(logged)
+    if cut := unfinished(logged, base.task):
+        said = f"{cut} of {len(logged)} logged episodes end before the end token and before max_new_tokens"
+        warnings.warn(f"{said}={base.task.max_new_tokens}: they are learned from as if they were whole", stacklevel=2)
     bad = bool(logged.scores.isnan().any())
     check("dataset", "episodes without scores", not bad, "episodes whose scores are known")
     if logged.allowed is None and (masks := masks_along(base.task, logged)) is not None:
@@ -182,6 +186,11 @@ def check_whole(logged: Rollout) -> None:
     cut = 0 if logged.truncated is None else int(logged.truncated.sum())
     what = f"{cut} of {len(logged)} episodes that were cut off by a time limit"
     check("dataset", what, not cut, "whole episodes, each to its own end")
+
+
+def unfinished(logged: Rollout, task: Task) -> int:
+    """How many episodes end neither with the end token nor at the horizon: logged at a shorter one, say."""
+    return int((~logged.stopped & (logged.response_lengths < task.max_new_tokens)).sum())
 
 
 def episodes_digest(logged: Rollout) -> str:

@@ -213,6 +213,7 @@ def exact_gradient(
         kl_coef: as for `solve`.
         temperature: as for `solve`.
     """
+    check_task(task)
     check_penalty(reference, kl_coef, temperature)
     check("model", model, isinstance(model, PreTrainedModel), "a language model")
     twin = copy.deepcopy(model).double()

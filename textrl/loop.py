@@ -67,6 +67,9 @@ class Run:
 
 def learn(agent: Agent, total_timesteps: int | None, run: Run) -> None:
     """Collects and updates until `total_timesteps` more tokens have been learned from; see `Agent.learn`."""
+    if "optimizer" not in vars(agent):
+        name = type(agent).__name__
+        raise ValueError(f"agent {name} must call super().__init__(env, model, config, **settings) in its __init__")
     total = total_timesteps
     check_type("total_timesteps", total, "int | float | None")
     check("total_timesteps", total, total is None or total > 0, "above 0")

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Rollout, microbatches
 from .config import AgentConfig
-from .scores import reason
+from .scores import reason, shorten
 
 Loss = Callable[[Rollout], tuple[Tensor, Mapping[str, Tensor | float]]]
 """A batch -> the mean loss () and numbers to report, each a number or () and a mean of the same kind."""
@@ -50,7 +51,7 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         pieces = (batch.select(part, size) for part in microbatches(batch, tokens_at_once, size))
     for piece in pieces:
         share = (len(piece) if by_group else piece.num_tokens) / total
-        value, numbers = loss(piece)
+        value, numbers = _checked(loss(piece))
         torch.autograd.backward(value * share)
         said = {"loss": value, **numbers}.items()
         reports.append((share, {key: n.detach() if isinstance(n, Tensor) else n for key, n in said}))
@@ -59,6 +60,23 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         for key, number in report.items():
             out[key] = out.get(key, 0.0) + float(number) * share
     return out
+
+
+def _checked(found: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """What a loss gave, if it is its mean and numbers to report.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    value: Any
+    value, numbers = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    fine = isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
+    if not fine or not isinstance(numbers, dict):
+        right = "a function of a batch that gives (mean, numbers): a tensor () with a gradient, and a dict to report"
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(found)
+        grad = " without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
+        raise ValueError(f"loss must be {right}; got {kind}{grad}")
+    return value, numbers
 
 
 def mean_of(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

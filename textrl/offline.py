@@ -20,7 +20,9 @@ from .scores import shorten
 from .task import Task
 
 
-def encode_response(task: Task, prompt: str, completion: str, end_token: bool = True) -> tuple[list[int], list[int]]:
+def encode_response(
+    task: Task, prompt: str, completion: str, end_token: bool = True, called: str = "completion"
+) -> tuple[list[int], list[int]]:
     """A prompt and a response given as texts, as the token ids an episode would hold.
 
     They are tokenised together where that leaves the prompt's tokens as they are, so that the seam is as in running
@@ -32,13 +34,14 @@ def encode_response(task: Task, prompt: str, completion: str, end_token: bool = 
         completion: text.
         end_token: whether the end token follows, so that a model learns to stop. A response is cut at the horizon (with
             a warning), and the end token with it: an episode of `max_new_tokens` tokens ends without one.
+        called: what the completion is, for messages.
 
     Returns:
         the prompt's ids and the response's, at least one each.
     """
 
     def ids(text: str) -> list[int]:
-        return plain_ids(task.tokenizer, text, "completion", shown=completion)
+        return plain_ids(task.tokenizer, text, called, shown=completion)
 
     first = task.encode({"prompt": prompt}).tolist()
     if task.special_tokens:

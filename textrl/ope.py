@@ -30,7 +30,7 @@ from .agent import Agent
 from .attaching import base_env, penalty_weight
 from .batch import batched_logprobs, microbatches
 from .config import check
-from .episodes import as_episodes, check_whole
+from .episodes import as_episodes, check_whole, unfinished
 from .logprobs import NEVER
 from .policy import CausalPolicy
 from .returns import discounted_returns
@@ -129,6 +129,9 @@ def ope(
     logged = as_episodes(dataset, base.task, policy.device)
     logged = replace(logged, allowed=masks_along(base.task, logged, narrow))  # those of the policy, whoever was logged
     check_whole(logged)
+    cut = unfinished(logged, base.task)
+    right = f"episodes that end with the end token or after max_new_tokens={base.task.max_new_tokens} tokens"
+    check("dataset", f"{cut} of {len(logged)} that end before", cut == 0, right)
     check("dataset", f"{len(logged)} episodes", len(logged) >= 4, "at least 4 episodes")
     for name in ("logprobs", "scores"):
         known = not bool(getattr(logged, name).isnan().any())

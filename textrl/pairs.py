@@ -41,7 +41,7 @@ def encoded_pairs(task: Task, rows: Rows) -> tuple[list[Pair], Tensor | None]:
     pairs = [pair for pair in every if pair[1][0] != pair[1][1]]
     check("dataset", f"{len(every)} pairs that are alike", bool(pairs), "pairs that differ within the horizon")
     if len(pairs) < len(every):
-        what = f"whose chosen and rejected are the same {task.max_new_tokens} tokens at most"
+        what = f"whose chosen and rejected are alike in max_new_tokens={task.max_new_tokens} tokens: they tell nothing"
         warnings.warn(f"dropped {len(every) - len(pairs)} of {len(every)} pairs {what}", stacklevel=3)
     known = [reference for _, _, reference in pairs if reference is not None]
     all_or_none(len(known), len(pairs), f"the columns {list(REFERENCE_COLUMNS)}")
@@ -57,7 +57,7 @@ def _encode(task: Task, row: Mapping[str, Any], strict: bool) -> Pair:
     responses = []
     for side in SIDES:
         if row.get(f"{side}_ids") is None:
-            responses.append(encode_response(task, prompt, text_of(row, side))[1])
+            responses.append(encode_response(task, prompt, text_of(row, side), called=side)[1])
         else:
             responses.append(token_ids(row, f"{side}_ids", task))
     given = [name for name in REFERENCE_COLUMNS if row.get(name) is not None]

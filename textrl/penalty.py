@@ -86,7 +86,11 @@ def policy_logits(policy: Policy, observations: NDArray[np.int64], vocab_size: i
     """
     import torch
 
-    check("policy", policy, callable(policy), "a function observations (B, L) -> logits (B, V)")
+    right = "a function observations (B, L) -> logits (B, V)"
+    if isinstance(policy, torch.nn.Module) and hasattr(policy, "get_input_embeddings"):
+        right += "; textrl.policy.CausalPolicy(model, vocab_size) in a textrl.stepwise.StepwiseLM is one of a model"
+        check("policy", type(policy).__name__, False, right)
+    check("policy", policy, callable(policy), right)
     logits: Any = policy(observations)
     try:
         logits = torch.as_tensor(logits)

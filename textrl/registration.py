@@ -136,9 +136,10 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
         annotation = parameters[name].annotation if name in parameters else ""
         check_type(name, value, annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
     try:
+        inspect.signature(cls).bind(**kwargs)
         return cls(**kwargs)
     except TypeError as error:
-        if not kwargs:
+        if not kwargs and "missing a required" not in str(error):
             raise
         raise BadArgument(f"{cls.__name__} cannot be made with {shorten(kwargs, 200)}: {error}") from error
 

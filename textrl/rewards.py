@@ -65,7 +65,7 @@ class RewardModel:
     ) -> None:
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "score") or labels != 1:
-            found = f"{type(model).__name__} with {labels}" if labels else shorten(model)
+            found = f"{type(model).__name__} with {labels} labels" if labels else shorten(model)
             right = "a sequence classifier with one label, and of a decoder, whose score reads the last token"
             raise ValueError(f"model must be {right} (GPT-2, Llama; not BERT); got {found}")
         check(
@@ -253,7 +253,8 @@ def weighted_sum(rewards: Sequence[tuple[Callable[..., Any], float]]) -> Callabl
             scores = (
                 list(given) if isinstance(given, (list, tuple, np.ndarray, Tensor)) and np.ndim(given[:1]) == 1 else []
             )
-            check(f"what rewards[{i}] returns", given, len(scores) == len(total), f"a list of {len(total)} numbers")
+            fine = len(scores) == len(total) and not any(isinstance(one, (str, bytes)) for one in scores)
+            check(f"what rewards[{i}] returns", given, fine, f"a list of {len(total)} numbers")
             total += weight * np.array([0.0 if one is None else float(one) for one in scores])
         return total.tolist()
 

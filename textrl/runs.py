@@ -43,8 +43,11 @@ def alone(run: Path | None) -> Iterator[None]:
     if run is None or fcntl is None or run.absolute() in _held:
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    handle = _held[run.absolute()] = os.open(run, os.O_RDONLY)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = _held[run.absolute()] = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"log_dir must be a folder that can be written; got {str(run)!r} ({error.strerror})") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

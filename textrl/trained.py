@@ -30,6 +30,8 @@ def read_run(called: str, folder: Path, unchanged: bool = False) -> dict[str, An
     if unchanged and right not in (None, digest(run)):
         said = "its content is not what was written; without its sha256 it is taken as it is"
         raise ValueError(f"{called}: {str(folder / RUN)!r} is damaged: {said}")
+    if isinstance(run, dict) and "agent" not in run and "seconds" in run:  # those of its steps
+        raise ValueError(f"{called} must be the --log-dir of a textrl train; {str(folder)!r} is one of textrl rlhf")
     kinds = {"agent": str, "env": str, "env_kwargs": dict, "config": dict, "total_timesteps": int, "keep": int}
     whole = isinstance(run, dict) and all(isinstance(run.get(name), kind) for name, kind in kinds.items())
     if not whole or not {"model", "dataset", "skip_bad_rows", "checkpoint_every"} <= run.keys():
@@ -70,4 +72,5 @@ def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = Fa
     own = cls.narrow is not Agent.narrow or cls.respond is not Agent.respond
     if own or (critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"])):
         return cls.load(final, env, seed=seed)
-    return Agent(env, str(final), seed=seed, dtype=manifest["config"]["dtype"])
+    kept = {name: manifest["config"][name] for name in ("dtype", "on_score_error", "score_timeout")}
+    return Agent(env, str(final), seed=seed, **kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class Watch:
         self.entropy: float | None = None  # of the first iteration: the mean surprisal of the tokens
         self.ended = False  # whether any response has ended by itself
         self.score: float | None = None  # the one that all responses of the last iterations had
+        self.least = math.inf  # the lowest mean score of an iteration
         self.rows: dict[str, int] = {}  # by sign, how many iterations in a row have shown it
 
     def see(self, rollout: Rollout, metrics: dict[str, float]) -> None:
@@ -87,12 +89,13 @@ class Watch:
         constant = bool((rollout.scores == first).all())
         self._sign(
             "score",
-            constant and self.score in (None, first),
+            constant and self.score in (None, first) and not first > self.least,  # what was learned is no such sign
             f"score is {first:.4g} for every response of the last {IN_A_ROW} iterations, so nothing tells a good one"
             " from a bad one; unless that is the best there is (`best_score` of a task says so), check the reward"
             " function, or give prompts and a model that sometimes succeed",
         )
         self.score = first if constant else None
+        self.least = min(self.least, float(rollout.scores.mean()))
 
     def dropped(self, faults: list[str], asked: int) -> None:
         """Episodes were left out because their scores failed."""
