@@ -44,6 +44,7 @@ ROUNDING = 1e-6
 class BPOConfig(AgentConfig):
     """Settings of BPO."""
 
+    cooldown: float = 0.2  # full steps for longer: every epoch sees the same episodes
     weighting: str = "awr"  # "awr", "filter" or "tis"
     beta: float | None = None  # temperature of "awr"; None: kl_coef, or where that is 0 the standard deviation of R
     max_weight: float = 1000.0  # w_max of "awr", against a mean of 1

@@ -53,9 +53,11 @@ class NLPO(PPO):
         self.mask_model = self.modules["mask_policy"] = frozen_copy(self.model)
         self.mask_stepper = StepwiseLM(policy_in(self.base, self.mask_model))
 
-    def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """The mask policy's top-p tokens at each observation."""
+    def narrow(self, observations: NDArray[np.int64], advised: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """The mask policy's top-p tokens at each observation, inside the task's masks."""
         logits = self.mask_stepper(observations) / self.base.temperature
+        if advised is not None:
+            logits = logits.masked_fill(~torch.from_numpy(advised.astype(np.bool_)).to(logits.device), -torch.inf)
         return within_top_p(logits, self.config.top_p).cpu().numpy()
 
     def update(self, rollout: Rollout) -> dict[str, float]:

@@ -142,9 +142,10 @@ class PPO(Agent):
         self.value_head: nn.Linear | None = None
         if self.config.critic == "shared":
             check("critic", self._critic_from, self._critic_from is None, 'None with critic="shared"')
+            model, head = type(self.model).__name__, head_of(self.model)
             width: int | None = getattr(self.model.config.get_text_config(), "hidden_size", None)
-            model = type(self.model).__name__
-            readable = width is not None and head_of(self.model) is not None
+            width = getattr(head, "in_features", width)  # of what the head reads
+            readable = width is not None and head is not None
             check("critic", "shared", readable, f'"separate" for {model}, whose states below the head cannot be read')
             assert width is not None
             self.value_head = nn.Linear(width, 1).to(device=self.device)

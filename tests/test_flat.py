@@ -27,7 +27,7 @@ from textrl.trunk import frozen_blocks
 VOCAB = 11
 OPTIONS = [
     {}, {"temperature": 0.6, "min_new_tokens": 3}, {"temperature": 0.6, "top_k": 7},
-    {"top_p": 0.8, "min_new_tokens": 5}, {"greedy": True},
+    {"top_p": 0.8, "min_new_tokens": 5}, {"deterministic": True},
 ]  # fmt: skip
 
 
@@ -352,7 +352,7 @@ def test_greedy_and_truncated_draws_agree(plainly):
                 generate(policy, prompts, 9, [0], sampling=sampling, generator=torch.Generator().manual_seed(2))
             )
         assert torch.equal(runs[0].responses, runs[1].responses)
-        assert int(runs[0].lengths.min()) > sampling.min_new_tokens * (not sampling.greedy)
+        assert int(runs[0].lengths.min()) > sampling.min_new_tokens * (not sampling.deterministic)
 
 
 @pytest.mark.parametrize("name", MODELS)

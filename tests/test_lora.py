@@ -350,3 +350,30 @@ def test_below_float32_a_new_adapter_is_its_reference_and_the_dtype_of_a_given_m
     assert agent.model.dtype == torch.bfloat16
     rollout = agent.collect()
     assert rollout.drift > 0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_a_critic_on_a_trunk_of_its_own_does_not_read_the_policys_frozen_blocks_once_it_is_loaded(
+    with_reference, tmp_path
+):
+    base, other = llama(), llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    scorer = RewardModel.from_language_model(other, Letters().tokenizer)
+    upper = lora(target_modules=["q_proj"], layers_to_transform=[1], fan_in_fan_out=False, init_lora_weights=False)
+
+    def fresh():
+        return environment(llama()) if with_reference else environment(None, 0.0)
+
+    agent = PPO(fresh(), base, critic=scorer, peft_config=upper, batch_size=8, learning_rate=1e-2).learn(40)
+    agent.save(tmp_path / "agent")
+    again, rollout = PPO.load(tmp_path / "agent", fresh()), agent.collect()
+    assert rollout.below is not None
+    torch.testing.assert_close(again.value(rollout), agent.value(rollout), atol=1e-6, rtol=1e-6)
+
+
+def test_an_adapter_that_cannot_be_saved_is_refused():
+    config = peft.RandLoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"peft_config.peft_type must be one whose weights can be saved; got .*RAND"):
+        PPO(environment(None, 0.0), llama(), peft_config=config)

@@ -287,3 +287,18 @@ def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
         assert not list(tmp_path.iterdir())
         other.kill()
     train_reward_model(model, pairs, log_dir=tmp_path)
+
+
+def test_the_end_token_is_learned_though_it_is_padding_too(tmp_path):
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reward = RewardModel.from_language_model(LlamaForCausalLM(config), textrl.symbol_tokenizer("abc"))
+    reward.save(tmp_path / "reward")
+    for each in (reward, RewardModel.load(tmp_path / "reward")):
+        each.model.requires_grad_(True)
+        chosen, rejected = each.pair_scalars({"prompt": ["", "a"], "chosen": ["a", "bb"], "rejected": ["b", "c"]})
+        (chosen - 2 * rejected).sum().backward()
+        assert each.model.get_input_embeddings().weight.grad[0].abs().sum() > 1e-3

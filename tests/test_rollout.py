@@ -61,8 +61,8 @@ def test_the_tasks_mask_goes_before_an_agents_own_where_they_have_nothing_in_com
     task = np.array([[True, True, False], [True, False, False]])
     own = np.array([[False, True, True], [False, True, True]])
     observations = np.zeros((2, 4), dtype=np.int64)
-    assert both_masks(task, lambda _: own, observations).tolist() == [[False, True, False], [True, False, False]]
-    assert both_masks(None, lambda _: own, observations) is own
+    assert both_masks(task, lambda *_: own, observations).tolist() == [[False, True, False], [True, False, False]]
+    assert both_masks(None, lambda *_: own, observations) is own
     assert both_masks(task, None, observations) is task
 
 

@@ -4,12 +4,13 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_agents import LOG4, Bigrams, environment, fixed_rollout, loss_of_first_step, one_state, tabular_agent
 
 import textrl
-from textrl.agents import A2C, BPO, DPO, GRPO, NLPO, PPO, TRPO, ReST
+from textrl.agents import A2C, BPO, DPO, GRPO, NLPO, PPO, REINFORCE, TRPO, ReST
 from textrl.agents.bpo import truncated_advantages
 from textrl.agents.ppo import clipped_value_loss
 from textrl.agents.rest import keep_weights
@@ -18,8 +19,10 @@ from textrl.drawing import within_top_p
 from textrl.envs.copy import Copy
 from textrl.kl import full_kl
 from textrl.models import small_model
+from textrl.offline import given_rollout
+from textrl.optim import Optimizer
 from textrl.returns import gae, masked_var
-from textrl.rollout import Rollout
+from textrl.rollout import Rollout, both_masks
 from textrl.tabular import tabular_model
 
 
@@ -235,3 +238,52 @@ def test_trpo_stays_where_it_is_if_no_step_will_do():
     numbers = agent.step(one_state(), 0.01)
     assert numbers["step_size"] == 0
     assert torch.equal(agent.model.lm_head.weight, before)
+
+
+class Guided(Copy):
+    """The end token, which the model says nearly always, is advised against."""
+
+    def allowed_tokens(self, rows, responses):
+        mask = np.ones((len(rows), self.vocab_size), dtype=np.bool_)
+        mask[:, self.eos_token_id] = False
+        return mask
+
+
+def test_nlpos_mask_is_about_the_tokens_that_the_tasks_mask_leaves():
+    env = textrl.TextEnv(Guided(length=2))
+    agent = NLPO(env, batch_size=8, top_p=0.99, device="cpu")
+    observation = env.reset(seed=0)[0][None]
+    logits = agent.mask_stepper(observation)
+    agent.mask_stepper = lambda _: logits.index_fill(1, torch.tensor([0]), 50.0)
+    assert agent.narrow(observation)[0].tolist() == [True, False, False, False]
+    inside = both_masks(env.action_masks()[None], agent.own_masks, observation)
+    assert inside[0].tolist() == [False, True, True, True]
+
+
+def fixed(env):
+    """The same texts whatever the agent."""
+    rows = [{"prompt": "abc", "completion_ids": [1 + i % 3, 1 + i % 2, 0]} for i in range(64)]
+    texts = [[0, 1, 2, 3]] * len(rows), [row["completion_ids"] for row in rows]
+    return given_rollout(env.task, *texts, torch.device("cpu"))
+
+
+def test_float16_gradients_do_not_vanish_and_a_scale_that_is_too_large_is_halved():
+    env, found = textrl.TextEnv(Copy()), []
+    for dtype in ("float32", "float16"):
+        agent = REINFORCE(env, small_model(4, 16, 3), batch_size=64, dtype=dtype, device="cpu")
+        rollout, agent.optimizer.step = fixed(env), lambda: 0.0
+        agent.minimise(lambda batch, agent=agent: (1e-5 * agent.logprobs(batch).mean(), {}), rollout)
+        found.append(agent.model.transformer.ln_f.weight.grad.float() / agent.optimizer.scale)
+    wide, low = found
+    assert 0 < wide.norm() < 1e-6
+    assert torch.nn.functional.cosine_similarity(wide, low, dim=0) > 0.999
+    weight = torch.nn.Parameter(torch.ones(3).half())
+    optimizer = Optimizer([weight], learning_rate=0.1)
+    scale = optimizer.scale
+    weight.grad = torch.full((3,), torch.inf).half()
+    optimizer.step()
+    assert (optimizer.scale, optimizer.skipped) == (scale / 2, 1) and weight.tolist() == [1, 1, 1]
+    other = Optimizer([weight], learning_rate=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.scale == scale / 2
+    assert Optimizer([torch.nn.Parameter(torch.ones(1))], learning_rate=0.1).scale == 1

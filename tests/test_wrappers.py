@@ -71,7 +71,7 @@ def test_numeric_info():
 def test_the_penalty_of_the_wrapper_is_that_of_the_env(policy):
     task = Copy()
     inside = textrl.TextEnv(task, reference=tiny(task), kl_coef=0.3, temperature=0.8)
-    outside = KLPenalty(textrl.TextEnv(task), tiny(task), 0.3, 0.8)
+    outside = KLPenalty(textrl.TextEnv(task, temperature=0.8), tiny(task), 0.3)
     if policy:
         for env in (inside, outside):
             env.unwrapped.policy = frozen_reference(tiny(task, 2), task)[1]
@@ -734,3 +734,45 @@ def test_a_vector_penalty_asks_nothing_of_rows_that_reset_and_refuses_changed_ac
     envs.reset(seed=0)
     with pytest.raises(ValueError, match=r"must take the tokens that it is given.*took \[2\] in place of 1"):
         envs.step(np.array([1, 1]))
+
+
+class OwnMasks(gym.Wrapper):
+    """Forbids one more token than the task does."""
+
+    def action_masks(self):
+        mask = self.unwrapped.action_masks().copy()
+        if mask.sum() > 1:
+            mask[np.flatnonzero(mask)[0]] = False
+        return mask
+
+
+def test_the_penalty_is_that_of_the_masks_that_a_wrapper_has():
+    env = OwnMasks(textrl.TextEnv(Brackets(), reference=tiny(Brackets(), 2), kl_coef=0.5))
+    agent = REINFORCE(env, tiny(Brackets()), batch_size=16, device="cpu")
+    rollout = agent.collect()
+    assert not agent.paid_otherwise
+    paid = rollout.scores - 0.5 * rollout.log_ratios.sum(1)
+    torch.testing.assert_close(rollout.rewards.sum(1), paid, atol=1e-5, rtol=1e-5)
+
+
+def test_a_penalty_has_the_temperature_at_which_tokens_are_drawn_and_one_reference():
+    task = Copy()
+    hot, reference = textrl.TextEnv(task, temperature=0.5), tiny(task)
+    assert KLPenalty(hot, reference, 0.1).temperature == 0.5
+    assert VectorKLPenalty(textrl.TextVectorEnv(task, 2, temperature=0.5), reference, 0.1).temperature == 0.5
+    with pytest.raises(ValueError, match=r"temperature must be 0.5, the environment's, at which tokens are drawn"):
+        KLPenalty(hot, reference, 0.1, temperature=1.0)
+    with pytest.raises(ValueError, match="env must be one without a penalty to another reference"):
+        KLPenalty(KLPenalty(hot, reference, 0.1), tiny(task, 2), 0.1)
+
+
+def test_below_float32_a_stepped_collection_is_read_again_as_a_whole():
+    reference = tiny(Copy(), 2)
+    env = RecordEpisodeStatistics(textrl.TextEnv(Copy(), reference=reference, kl_coef=0.5))
+    agent = REINFORCE(env, tiny(Copy()), batch_size=16, device="cpu", dtype="bfloat16")
+    rollout = agent.collect()
+    assert 0 < rollout.drift < 0.05 and not agent.paid_otherwise
+    with torch.no_grad():
+        torch.testing.assert_close(agent.logprobs(rollout), rollout.logprobs, atol=1e-5, rtol=0)
+    paid = rollout.scores - 0.5 * rollout.log_ratios.sum(1)
+    torch.testing.assert_close(rollout.rewards.sum(1), paid, atol=1e-5, rtol=1e-5)

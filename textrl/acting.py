@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from .arguments import check_count, check_observations
-from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores
+from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores, penalty_weight
+from .batch import batched_logprobs
 from .cells import check_text
 from .config import check
 from .drawing import Sampling
@@ -19,6 +20,7 @@ from .generation import NotFinite, generate, stop_at
 from .models import load_model
 from .policy import CausalPolicy
 from .probing import longest_text
+from .returns import masked_mean
 from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, policy_in, sample_episodes
 from .rows import Row
 from .stepping import collect_groups, collect_stepped
@@ -64,6 +66,13 @@ def step(agent: Agent, size: int, rows: Sequence[Row] | None) -> Rollout:
             rollout = collect_stepped(agent.env, agent.task, _actor(agent), size, **settings)
         else:
             rollout = collect_groups(agent.env, agent.task, _actor(agent), rows, size // len(rows), **settings)
+    if agent.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
+        limit, mask = agent.config.max_tokens_per_microbatch, rollout.action_mask
+        again = batched_logprobs(agent.policy, rollout, limit, masked=True)
+        if rollout.ref_logprobs is not None:
+            rollout.rewards = rollout.rewards - penalty_weight(agent.env) * (again - rollout.logprobs)
+        rollout.drift = float(masked_mean((again - rollout.logprobs).abs(), mask))
+        rollout.logprobs = again
     agent.paid_otherwise |= not torch.equal(paid_scores(rollout, agent.env), rollout.scores)
     return rollout
 

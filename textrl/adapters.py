@@ -147,6 +147,7 @@ def _check_kind(config: PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     changes = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
     for name, fine, right in (
+        ("peft_type", str(config.peft_type).rpartition(".")[2] != "RANDLORA", "one whose weights can be saved"),
         ("task_type", config.task_type in (None, "CAUSAL_LM"), '"CAUSAL_LM"'),
         ("init_lora_weights", not changes, "one that leaves the base weights as they are (True)"),
         ("bias", getattr(config, "bias", "none") == "none", '"none"'),

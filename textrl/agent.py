@@ -180,8 +180,13 @@ class Agent:
         """The next batch to learn from: by default `batch_size` fresh episodes of the environment."""
         return acting.collect(self, self.config.batch_size, self.group_size)
 
-    def narrow(self, observations: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """The tokens that an agent with masks of its own draws from, within the task's: (N, L) -> (N, V) bool."""
+    def narrow(self, observations: NDArray[np.int64], advised: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """The tokens that an agent with masks of its own draws from, (N, V) bool.
+
+        Args:
+            observations: (N, L).
+            advised: (N, V), the task's masks there, within which the agent's hold; None: all tokens.
+        """
         return np.ones((len(observations), self.task.vocab_size), dtype=np.bool_)
 
     @property
@@ -212,7 +217,7 @@ class Agent:
         check("mean_over", mean_over, mean_over in ("tokens", "groups"), '"tokens" or "groups"')
 
         def accumulate(tokens_at_once: int) -> dict[str, float]:
-            return accumulate_gradients(loss, batch, tokens_at_once, mean_over == "groups")
+            return accumulate_gradients(loss, batch, tokens_at_once, mean_over == "groups", self.optimizer.scale)
 
         limit = self.config.max_tokens_per_microbatch
         if self.halved:

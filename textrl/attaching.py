@@ -107,7 +107,7 @@ def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[flo
     def inside(observations: NDArray[np.int64]) -> Tensor:
         """What tokens are drawn from: inside the masks that hold now."""
         logits: Tensor = policy(observations)
-        masks = both_masks(np.atleast_2d(base.action_masks()) if base.task.masked else None, narrow, observations)
+        masks = both_masks(action_masks(env) if base.task.masked else None, narrow, observations)
         return logits if masks is None else logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
 
     before, base.policy = base.policy, inside

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from . import state
 from .adapters import BASE, has_adapter, load_adapter_weights, own_weights, save_adapter
 from .config import check
+from .critic import Critic
 from .folders import verify, whole_folder, write_manifest
 
 if TYPE_CHECKING:
@@ -227,7 +228,13 @@ def _load_modules(agent: Agent, folder: Path, manifest: Mapping[str, Any]) -> No
         elif name == "policy":
             load_adapter_weights(agent.model, folder)
         else:
-            load_own_weights(module, folder / f"{name}.safetensors", agent.model)
+            try:
+                load_own_weights(module, folder / f"{name}.safetensors", agent.model)
+            except ValueError as error:
+                more = "" if name != "critic" else "; if it started from a reward model, give it again as critic="
+                raise ValueError(f"{error}{more}") from None
+    if isinstance(value := getattr(agent, "value", None), Critic):
+        value.compare()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,13 @@ class Critic:
         else:
             self.model = cast(value_model(start), policy.model.dtype, policy.device)
             train_last_layers(self.model, trainable_layers)
-        self._blocks = policy.frozen_blocks if same_blocks(policy.model, self.model, policy.frozen_blocks) else 0
+        self.policy = policy
+        self.compare()
+
+    def compare(self) -> None:
+        """Looks whether the policy's frozen blocks are its own too, which then run once for both; after each load."""
+        blocks = self.policy.frozen_blocks
+        self._blocks = blocks if same_blocks(self.policy.model, self.model, blocks) else 0
 
     def __call__(self, batch: Rollout) -> Tensor:
         """(B, T) float32, differentiable; 0 outside the agent's tokens."""

@@ -30,7 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_group: bool = False) -> dict[str, float]:
+def accumulate_gradients(
+    loss: Loss, batch: Rollout, tokens_at_once: int, by_group: bool = False, scale: float = 1.0
+) -> dict[str, float]:
     """Adds the gradients of the mean loss over a batch, a microbatch at a time.
 
     Args:
@@ -38,6 +40,7 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
         batch: the episodes.
         tokens_at_once: bound on the tokens of a microbatch.
         by_group: the mean is over groups of `batch.group_size` episodes, which stay whole; else over tokens.
+        scale: of the gradients, `Optimizer.scale`.
 
     Returns:
         the mean loss and its numbers.
@@ -52,7 +55,7 @@ def accumulate_gradients(loss: Loss, batch: Rollout, tokens_at_once: int, by_gro
     for piece in pieces:
         share = (len(piece) if by_group else piece.num_tokens) / total
         value, numbers = _checked(loss(piece))
-        torch.autograd.backward(value * share)
+        torch.autograd.backward(value * (share * scale))
         said = {"loss": value, **numbers}.items()
         reports.append((share, {key: n.detach() if isinstance(n, Tensor) else n for key, n in said}))
     out: dict[str, float] = {}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 TABLE_BETA2 = 0.999
 """Decay of a table's mean of squared gradients: the usual one; of `RowAdam` over the steps that used the row."""
 
+FLOAT16_SCALE = 1024.0
+
 
 class RowAdam(torch.optim.Optimizer):
     """AdamW for tables (R, d), each row with moments and a clock of its own (Kingma 2015, algorithm 1, row by row).
@@ -68,6 +70,8 @@ class Optimizer:
 
     Attributes:
         skipped: steps not taken because the gradient was not finite.
+        scale: what losses are multiplied by before `backward`, and gradients divided by in `step`: float16 has no
+            numbers below 6e-8 (Micikevicius 2018). It is halved where a gradient was not finite; 1 without float16.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Optimizer:
             self.moved += [moved] if moved else []
         self.max_grad_norm = max_grad_norm
         self.skipped = 0
+        self.scale = FLOAT16_SCALE if any(p.dtype == torch.float16 for p in self.parameters) else 1.0
         self._written: list[int] = []
         self._note()
 
@@ -148,6 +153,8 @@ class Optimizer:
             torch._foreach_copy_(wide, [p.grad for p, _ in low if p.grad is not None])
             for (_, master), gradient in zip(low, wide, strict=True):
                 master.grad = gradient
+        if self.scale != 1:
+            torch._foreach_mul_([master.grad for _, master in live if master.grad is not None], 1 / self.scale)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         taught = ([master for master in self.masters[group] if master.grad is not None] for group in self.groups)
         norms = [nn.utils.clip_grad_norm_(masters, limit) for masters in taught if masters]
@@ -161,6 +168,7 @@ class Optimizer:
                     torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])
         else:
             self.skipped += 1
+            self.scale = max(1.0, self.scale / 2)
         self._note()
         self.zero_grad()
         for _, master in live:
@@ -185,7 +193,7 @@ class Optimizer:
         """The moments, the float32 copies and the counts; not the settings."""
         self._follow()
         copies = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
-        counts = {"skipped": self.skipped, "learning_rate": self.learning_rate}
+        counts = {"skipped": self.skipped, "learning_rate": self.learning_rate, "scale": self.scale}
         moments = {i: adam.state[m] for i, m in enumerate(self.masters) for adam in self.adams if m in adam.state}
         return {"adam": moments, "masters": copies, **counts}
 
@@ -215,3 +223,4 @@ class Optimizer:
                     master.copy_(parameter if copy is None else copy)
         self._note()
         self.skipped, self.learning_rate = state["skipped"], state["learning_rate"]
+        self.scale = state.get("scale", self.scale)

@@ -120,7 +120,7 @@ class _Training:
         rows = np.concatenate([self.members[group] for group in self.batches[now.step]])
         chosen, rejected = self.reward_model.pair_scalars(self.pairs[rows])
         loss = preference_loss(chosen, rejected)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * optimizer.scale).backward()  # type: ignore[no-untyped-call]
         skipped = optimizer.skipped
         metrics = {
             "train/loss": float(loss.detach()),

@@ -24,8 +24,8 @@ from .task import Task
 from .trunk import same_blocks
 from .vector import TextVectorEnv
 
-Narrow = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
-"""observations (N, L) -> an agent's own action masks (N, V)."""
+Narrow = Callable[[NDArray[np.int64], NDArray[np.bool_] | None], NDArray[np.bool_]]
+"""observations (N, L), and the task's masks there (N, V) or None -> an agent's own action masks (N, V)."""
 
 
 def policy_in(env: TextEnv | TextVectorEnv, model: PreTrainedModel) -> CausalPolicy:
@@ -53,7 +53,7 @@ def both_masks(
     """
     if narrow is None:
         return advised
-    own = narrow(observations)
+    own = narrow(observations, advised)
     if advised is None:
         return own
     both = advised.astype(np.bool_) & own

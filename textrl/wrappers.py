@@ -123,11 +123,30 @@ class VectorOneHotObservation(VectorObservationWrapper[Any, Any, Any, Any]):
         return one_hot(observations, self._vocab_size)
 
 
-def _check_unpaid(env: AnyEnv) -> None:
-    """Refuses an environment that pays a penalty itself: it would be paid twice."""
+def _check_unpaid(env: AnyEnv, reference: PreTrainedModel) -> None:
+    """Refuses an environment that pays a penalty itself, or whose wrapper pays one to another reference."""
     base: Any = env.unwrapped
+    layer: Any = env
     if isinstance(base, (TextEnv, TextVectorEnv)) and base.reference is not None and base.kl_coef > 0:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
+    while layer is not base:
+        if isinstance(layer, (KLPenalty, VectorKLPenalty)) and layer.penalty.reference is not reference:
+            raise ValueError(f"env must be one without a penalty to another reference; got {layer}")
+        layer = layer.env
+
+
+def _temperature_of(env: AnyEnv, given: float | None) -> float:
+    """The environment's, at which tokens are drawn.
+
+    Raises:
+        ValueError: for another one.
+    """
+    own: float = getattr(env.unwrapped, "temperature", 1.0)
+    if given is not None and given != own:
+        raise ValueError(
+            f"temperature must be {own}, the environment's, at which tokens are drawn, or None; got {given!r}"
+        )
+    return own
 
 
 def check_taken(
@@ -189,7 +208,7 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         env: a single textrl environment without a reference.
         reference: a causal language model, or the name or folder of one.
         kl_coef: weight of the penalty.
-        temperature: divides the logits of both.
+        temperature: divides the logits of both. Default: the environment's, and no other.
     """
 
     def __init__(
@@ -197,15 +216,15 @@ class KLPenalty(gym.Wrapper[NDArray[np.int64], Any, NDArray[np.int64], Any], Rec
         env: gym.Env[NDArray[np.int64], Any],
         reference: PreTrainedModel | str,
         kl_coef: float,
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ) -> None:
         settings = {"reference": reference, "kl_coef": kl_coef, "temperature": temperature}
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **settings)
         gym.Wrapper.__init__(self, env)
-        check_penalty(reference, kl_coef, temperature)
-        _check_unpaid(env)
-        self.kl_coef, self.temperature = kl_coef, temperature
+        check_penalty(reference, kl_coef, 1.0 if temperature is None else temperature)
+        self.kl_coef, self.temperature = kl_coef, _temperature_of(env, temperature)
         self.penalty = Penalty(reference, task_of(env))
+        _check_unpaid(env, self.penalty.reference)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, Info]:
         """Appends a token and pays for it.
@@ -239,13 +258,17 @@ class VectorKLPenalty(VectorWrapper[Any, Any, Any, Any, Any]):
     """
 
     def __init__(
-        self, env: VectorEnv[Any, Any, Any], reference: PreTrainedModel | str, kl_coef: float, temperature: float = 1.0
+        self,
+        env: VectorEnv[Any, Any, Any],
+        reference: PreTrainedModel | str,
+        kl_coef: float,
+        temperature: float | None = None,
     ) -> None:
         super().__init__(env)
-        check_penalty(reference, kl_coef, temperature)
-        _check_unpaid(env)
-        self.kl_coef, self.temperature = kl_coef, temperature
+        check_penalty(reference, kl_coef, 1.0 if temperature is None else temperature)
+        self.kl_coef, self.temperature = kl_coef, _temperature_of(env, temperature)
         self.penalty = Penalty(reference, task_of(env))
+        _check_unpaid(env, self.penalty.reference)
         self._mode = env.metadata["autoreset_mode"]
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
