@@ -57,15 +57,19 @@ class Task:
             `tokenizer.apply_chat_template(messages, tokenize=False)` means them, and not text; a prompt is then taken
             as it is written, and no begin token is put before it unless it is empty.
 
+    Attributes that a subclass may set:
+        best_score: the best expected score, where it is known; of the class, with the default arguments. A run near it
+            is no longer warned that it has stopped to learn.
+        deterministic: whether the `score` and `describe` of this very class always say the same of the same row and
+            response. A vector environment then remembers what they said of a small task's responses, and is several
+            times as fast.
+
     Raises:
         ValueError: for a horizon below 1 or a tokenizer without an end token.
     """
 
     best_score: float | None = None
-    """The best expected score, where it is known; of the class, with the default arguments."""
     deterministic: ClassVar[bool] = False
-    """Whether the `score` and `describe` of this very class always say the same of the same row and response. A vector
-    environment then remembers what they said of a small task's responses, and is several times as fast."""
 
     def __init__(
         self,
