@@ -215,9 +215,10 @@ class Agent:
             the numbers, averaged likewise, and `loss` and `grad_norm`.
         """
         check("mean_over", mean_over, mean_over in ("tokens", "groups"), '"tokens" or "groups"')
+        scale = self.optimizer.scale if isinstance(self.optimizer, Optimizer) else 1.0  # one that somebody put there
 
         def accumulate(tokens_at_once: int) -> dict[str, float]:
-            return accumulate_gradients(loss, batch, tokens_at_once, mean_over == "groups", self.optimizer.scale)
+            return accumulate_gradients(loss, batch, tokens_at_once, mean_over == "groups", scale)
 
         limit = self.config.max_tokens_per_microbatch
         if self.halved:
