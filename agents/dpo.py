@@ -51,7 +51,7 @@ DEFAULT_BETA = 0.1
 class DPOConfig(AgentConfig):
     """Settings of DPO."""
 
-    batch_size: int = 64  # pairs an update
+    batch_size: int = 128  # responses an update, two a pair
     cooldown: float = 0.2  # full steps for longer: every epoch sees the same pairs
     beta: float | None = None  # closeness to the reference; None: the environment's kl_coef, or 0.1 where that is 0
     loss: str = "sigmoid"  # "sigmoid" (DPO) or "ipo"
@@ -86,8 +86,8 @@ def _fingerprint(reference: PreTrainedModel | None) -> str:
 class DPO(Agent):
     """Learns from pairs which of two responses is the better one.
 
-    `batch_size` counts pairs, and `learn` the tokens of both responses: 4,096 pairs of two times 5 tokens are seen once
-    in 40,960 timesteps.
+    `batch_size` counts responses, two a pair, as it counts episodes elsewhere, and `learn` the tokens of both: 4,096
+    pairs of two times 5 tokens are seen once in 40,960 timesteps.
 
     The reference is the environment's, or else the model as it starts; it is asked once for every pair: the
     environment's when the pair is first drawn, the model for all pairs before the first update.
@@ -138,11 +138,15 @@ class DPO(Agent):
         written = DIALOGUES if task is None else ChatFormat.of(task)
         return read_pairs(file, written, skip_bad_rows=skip_bad_rows, called="dataset")
 
+    @property
+    def _pairs_at_once(self) -> int:
+        return -(-self.config.batch_size // 2)
+
     def collect(self) -> Rollout:
-        """The next `batch_size` pairs, chosen and rejected next to each other, shuffled anew each epoch."""
+        """The next `batch_size` responses, the two of a pair next to each other; pairs are shuffled anew each epoch."""
         check("dataset", None, len(self._pairs) > 0, "given for DPO to learn")
         self.held_out.keep_if_alike(self.optimizer.masters)
-        indices = self._learned[self._epochs.take(self.config.batch_size, len(self._learned))]
+        indices = self._learned[self._epochs.take(self._pairs_at_once, len(self._learned))]
         return self._rollout(indices, self._told(indices if self.base.reference else torch.arange(len(self._pairs))))
 
     def _told(self, indices: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ class DPO(Agent):
         call = self.call
         last = call is not None and self.num_timesteps + rollout.num_tokens >= call["start"] + call["total"]
         if len(self.held_out.indices):
-            interval = max(1, len(self._learned) // (4 * self.config.batch_size))
+            interval = max(1, len(self._learned) // (4 * self._pairs_at_once))
             if last or self.num_updates % interval == 0:
                 self._look()
             if last and self.held_out.best:

@@ -93,7 +93,7 @@ def dpo(size: str, uneven: bool, rounds: int) -> dict[str, list[float]]:
     rows = pairs(size, uneven)
     env = textrl.TextEnv(task_of(size), reference=model_of(size), kl_coef=0.1)
     known = [{**row, "ref_chosen_logps": -300.0, "ref_rejected_logps": -300.0} for row in rows]
-    common: dict[str, Any] = {"batch_size": BATCH, "learning_rate": 1e-6, "dtype": "float32"}
+    common: dict[str, Any] = {"batch_size": 2 * BATCH, "learning_rate": 1e-6, "dtype": "float32"}  # responses
     kept = DPO(env, model_of(size), dataset=known, **common)
     fresh = [0]
 

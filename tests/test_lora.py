@@ -178,7 +178,7 @@ def test_a_critic_from_a_reward_model_shares_that_models_weights():
 
 def test_dpo_without_a_reference_asks_the_model_as_it_starts():
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8
-    agent = DPO(textrl.TextEnv(Letters()), small_model(4, 8), peft_config=lora(), dataset=pairs, batch_size=8)
+    agent = DPO(textrl.TextEnv(Letters()), small_model(4, 8), peft_config=lora(), dataset=pairs, batch_size=16)
     assert agent.update(agent.collect())["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 

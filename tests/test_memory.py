@@ -67,7 +67,7 @@ def test_learn_goes_on_and_a_second_failure_names_the_options():
 
 def test_pairs_stay_whole_and_other_errors_pass():
     rows = [{"prompt": "a", "chosen": "abc", "rejected": "c"}, {"prompt": "bc", "chosen": "a", "rejected": "cb"}]
-    agent = DPO(textrl.TextEnv(Copy()), dataset=rows, batch_size=8, dtype="float32")
+    agent = DPO(textrl.TextEnv(Copy()), dataset=rows, batch_size=16, dtype="float32")
     sizes = []
     failing(agent, ERRORS[0], lambda tokens: sizes.append(tokens) or tokens == sizes[0])
     with pytest.warns(RuntimeWarning, match="out of memory in the update"):

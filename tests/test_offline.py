@@ -157,7 +157,7 @@ def test_one_step_of_dpo_is_the_gradient_step_worked_by_hand(loss: str, beta: fl
         {"prompt": "a", "chosen": "ab", "rejected": "c"},
         {"prompt": "b", "chosen_ids": [3, 0], "rejected_ids": [1, 1, 1, 1]},
     ]
-    agent = DPO(env, copy.deepcopy(start), dataset=pairs, loss=loss, batch_size=2, device="cpu")
+    agent = DPO(env, copy.deepcopy(start), dataset=pairs, loss=loss, batch_size=4, device="cpu")
     assert agent.beta == beta
     metrics = agent.update(agent.collect())
 
@@ -275,7 +275,7 @@ def test_the_reference_is_asked_once_or_brought_along() -> None:
     ref = reference(task, 0)
     env = textrl.TextEnv(task, reference=ref, kl_coef=0.1)
     pairs = bradley_terry(env, ref, 8, 0)
-    agent = DPO(env, copy.deepcopy(ref), dataset=pairs, batch_size=8, device="cpu")
+    agent = DPO(env, copy.deepcopy(ref), dataset=pairs, batch_size=16, device="cpu")
     rollout = agent.collect()
     asked = torch.tensor([row["ref_logprob"] for row in rollout.rows])
     expected = batched_logprobs(CausalPolicy(ref, 4), rollout, 1000).sum(1)
@@ -283,14 +283,14 @@ def test_the_reference_is_asked_once_or_brought_along() -> None:
     metrics = agent.update(rollout)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the model is the reference still
     brought = pairs.add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-2.0] * 8)
-    other = DPO(textrl.TextEnv(task), copy.deepcopy(ref), dataset=brought, batch_size=8, device="cpu")
+    other = DPO(textrl.TextEnv(task), copy.deepcopy(ref), dataset=brought, batch_size=16, device="cpu")
     assert [row["ref_logprob"] for row in other.collect().rows] == [-1.0, -2.0] * 8
 
 
 def test_without_a_reference_dpo_starts_from_its_own_model(tmp_path: Any) -> None:
     task = Weighted()
     pairs = bradley_terry(textrl.TextEnv(task), small_model(4, 6, 0), 16, 0)
-    agent = DPO(textrl.TextEnv(task), small_model(4, 6, 0), dataset=pairs, batch_size=8, device="cpu")
+    agent = DPO(textrl.TextEnv(task), small_model(4, 6, 0), dataset=pairs, batch_size=16, device="cpu")
     assert agent.beta == 0.1
     agent.learn(60)
     agent.save(tmp_path / "dpo")
@@ -357,7 +357,7 @@ def test_a_loaded_dpo_does_not_measure_by_another_loss_or_other_pairs_held_out(c
         {"prompt": p, "chosen": p * n, "rejected": "c" * m} for p in "ab" for n in (1, 2, 3) for m in (1, 2, 3)
     ] * 4
     env = textrl.TextEnv(Weighted(), reference=small_model(4, 8, 3).requires_grad_(False), kl_coef=0.5)
-    agent = DPO(env, small_model(4, 8, 3), dataset=pairs, held_out=0.3, batch_size=8, device="cpu", learning_rate=1e-3)
+    agent = DPO(env, small_model(4, 8, 3), dataset=pairs, held_out=0.3, batch_size=16, device="cpu", learning_rate=1e-3)
     agent.learn(2000).save(tmp_path / "agent")
     start = [p.detach().clone() for p in agent.model.parameters()]
     again = DPO.load(tmp_path / "agent", env, dataset=pairs, learning_rate=1e-2, **changed)
@@ -371,14 +371,14 @@ def test_a_loaded_dpo_asks_another_reference_again_and_keeps_what_it_knows_witho
     pairs = [{"prompt": "a", "chosen": "a", "rejected": "b"}, {"prompt": "b", "chosen": "c", "rejected": "b"}]
     first, second = (small_model(4, 8, seed).requires_grad_(False) for seed in (3, 4))
     make = lambda ref: textrl.TextEnv(Weighted(), reference=ref, kl_coef=0.5) if ref else textrl.TextEnv(Weighted())  # noqa: E731
-    DPO(make(first), small_model(4, 8, 3), dataset=pairs, batch_size=2, device="cpu").learn(8).save(tmp_path / "agent")
+    DPO(make(first), small_model(4, 8, 3), dataset=pairs, batch_size=4, device="cpu").learn(8).save(tmp_path / "agent")
 
     def told(ref):
         agent = DPO.load(tmp_path / "agent", make(ref), dataset=pairs, beta=0.5)
         return sorted(row["ref_logprob"] for row in agent.collect().rows)
 
     assert told(first) == told(None) != told(second)
-    rollout = DPO(make(second), dataset=pairs, batch_size=2, device="cpu").collect()
+    rollout = DPO(make(second), dataset=pairs, batch_size=4, device="cpu").collect()
     assert told(second) == pytest.approx(sorted(row["ref_logprob"] for row in rollout.rows))
 
 
@@ -594,8 +594,8 @@ def test_a_loaded_dpo_asks_about_other_pairs_however_many_they_are(tmp_path):
     pairs = [{"prompt": "a", "chosen": a, "rejected": b} for a, b in (("a", "b"), ("ab", "c"), ("c", "ba"), ("b", "c"))]
     agent = DPO(env, small_model(4, 8), dataset=pairs[:1], batch_size=1).learn(4)
     agent.save(tmp_path / "agent")
-    again = DPO.load(tmp_path / "agent", env, dataset=pairs, batch_size=4)
-    fresh = DPO(env, small_model(4, 8), dataset=pairs, batch_size=4)
+    again = DPO.load(tmp_path / "agent", env, dataset=pairs, batch_size=8)
+    fresh = DPO(env, small_model(4, 8), dataset=pairs, batch_size=8)
     known = [sorted(row["ref_logprob"] for row in each.collect().rows) for each in (again, fresh)]
     assert known[0] == pytest.approx(known[1], abs=1e-5)
 
@@ -605,3 +605,9 @@ def test_pairs_without_a_prompt_column_are_told_who_finds_it():
         ValueError, match=r"dataset row 0, column 'prompt' is missing; .*; read_preferences\(rows\) finds"
     ):
         DPO(textrl.TextEnv(textrl.envs.copy.Copy()), dataset=[{"chosen": "ab", "rejected": "ac"}])
+
+
+def test_a_batch_of_pairs_has_as_many_responses_as_was_asked_for_whole_pairs_at_least():
+    pairs = [{"prompt": "a", "chosen": "a", "rejected": "b"}, {"prompt": "b", "chosen": "c", "rejected": "b"}]
+    for asked, given in ((4, 4), (3, 4), (1, 2)):
+        assert len(DPO(textrl.TextEnv(Weighted()), dataset=pairs, batch_size=asked, device="cpu").collect()) == given

@@ -76,7 +76,7 @@ RUNS = {
     "GRPO": lambda: agents.GRPO(sampled(reference=reference(), **PENALTY), batch_size=16, group_size=4),
     "NLPO": lambda: agents.NLPO(sampled(), batch_size=16, mask_interval=2, top_p=0.9),
     "SFT": lambda: agents.SFT(sampled(), dataset=ROWS, batch_size=12),
-    "DPO": lambda: agents.DPO(sampled(), dataset=PAIRS, batch_size=6),
+    "DPO": lambda: agents.DPO(sampled(), dataset=PAIRS, batch_size=12),
     "BPO": lambda: agents.BPO(sampled(), dataset=LOGGED, batch_size=12),
     "BPO, tis": lambda: agents.BPO(
         sampled(),

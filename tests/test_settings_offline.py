@@ -64,7 +64,7 @@ def pairs_agent(**settings: Any) -> DPO:
     task = Weighted()
     ref = reference(task, 0)
     env = textrl.TextEnv(task, reference=ref, kl_coef=0.1)
-    common = {"batch_size": 8, "device": "cpu", **settings}
+    common = {"batch_size": 16, "device": "cpu", **settings}
     return DPO(env, small_model(4, 8, 3), dataset=bradley_terry(env, ref, 120, 0), **common)
 
 

@@ -72,7 +72,7 @@ def agent_at(temperature, **settings):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.ndim > 1 else 1)
-    return DPO(textrl.TextEnv(task, temperature=temperature), model, dataset=PAIRS, batch_size=4, **settings)
+    return DPO(textrl.TextEnv(task, temperature=temperature), model, dataset=PAIRS, batch_size=8, **settings)
 
 
 def test_the_reference_is_asked_at_the_temperature():
