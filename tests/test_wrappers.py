@@ -776,3 +776,38 @@ def test_below_float32_a_stepped_collection_is_read_again_as_a_whole():
         torch.testing.assert_close(agent.logprobs(rollout), rollout.logprobs, atol=1e-5, rtol=0)
     paid = rollout.scores - 0.5 * rollout.log_ratios.sum(1)
     torch.testing.assert_close(rollout.rewards.sum(1), paid, atol=1e-5, rtol=1e-5)
+
+
+class Told(gym.Wrapper):
+    """Forbids what was said last, and notes that before the environment knows."""
+
+    said = -1
+
+    def reset(self, **arguments):
+        self.said = -1
+        return self.env.reset(**arguments)
+
+    def step(self, action):
+        self.said = int(action)
+        return self.env.step(action)
+
+    def action_masks(self):
+        mask = self.unwrapped.action_masks().copy()
+        if self.said > 0 and mask.sum() > 1:
+            mask[self.said] = False
+        return mask if mask.any() else self.unwrapped.action_masks()
+
+
+def test_the_penalty_is_that_of_the_masks_that_held_when_a_token_was_drawn():
+    env = Told(textrl.TextEnv(Brackets(), reference=tiny(Brackets(), 2), kl_coef=0.5))
+    agent = REINFORCE(env, tiny(Brackets()), batch_size=16, device="cpu")
+    rollout = agent.collect()
+    assert not agent.paid_otherwise and rollout.rewards.isfinite().all()
+
+
+@pytest.mark.parametrize("wrapper", [RecordEpisodeStatistics, lambda env: TransformReward(env, lambda r: 3 * r)])
+def test_below_float32_equal_models_have_no_kl_in_a_stepped_collection(wrapper):
+    env = wrapper(textrl.TextEnv(Copy(), reference=tiny(Copy()), kl_coef=0.5))
+    agent = REINFORCE(env, tiny(Copy()), batch_size=16, device="cpu", dtype="bfloat16")
+    env.unwrapped.reference.to(torch.bfloat16)
+    assert float(agent.collect().log_ratios.abs().max()) == 0

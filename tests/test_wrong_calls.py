@@ -425,10 +425,10 @@ def test_an_agent_that_forgets_to_be_made_is_told(task):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (lambda logprobs: logprobs.mean(), "got a tensor of shape ()"),
+        (lambda logprobs: logprobs.mean(), "; got tensor("),
         (lambda logprobs: (logprobs, {}), "got a tensor of shape (4, 2)"),
         (lambda logprobs: (logprobs.mean().detach(), {}), "got a tensor of shape () without a gradient"),
-        (lambda logprobs: (logprobs.mean(), None), "got a tensor of shape ()"),
+        (lambda logprobs: (logprobs.mean(), None), "; got (tensor("),
         (lambda logprobs: None, "got None"),
     ],
 )
@@ -438,7 +438,7 @@ def test_a_loss_that_is_none_is_told(found, message, task):
     with pytest.raises(ValueError) as caught:
         agent.minimise(lambda batch: found(agent.logprobs(batch)), rollout)
     assert "loss must be a function of a batch that gives (mean, numbers)" in str(caught.value)
-    assert str(caught.value).endswith(message)
+    assert message in str(caught.value)
 
 
 def test_a_model_is_no_policy_of_an_environment(task, reference):

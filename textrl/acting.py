@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .arguments import check_count, check_observations
-from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores, penalty_weight
+from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores, penalty_reference, penalty_weight
 from .batch import batched_logprobs
 from .cells import check_text
 from .config import check
@@ -21,7 +21,16 @@ from .models import load_model
 from .policy import CausalPolicy
 from .probing import longest_text
 from .returns import masked_mean
-from .rollout import Narrow, Rollout, allowed_after, both_masks, collect_sampled, policy_in, sample_episodes
+from .rollout import (
+    Narrow,
+    Rollout,
+    allowed_after,
+    both_masks,
+    collect_sampled,
+    policy_in,
+    reference_beside,
+    sample_episodes,
+)
 from .rows import Row
 from .stepping import collect_groups, collect_stepped
 from .stepwise import StepwiseLM
@@ -60,21 +69,36 @@ def collect(agent: Agent, episodes: int, group_size: int) -> Rollout:
 def step(agent: Agent, size: int, rows: Sequence[Row] | None) -> Rollout:
     """So many episodes of an environment that somebody wrapped, of its own prompts, or in even groups of these rows."""
     seed, agent.seeded = None if agent.seeded else int(agent.rng.integers(2**31)), True
-    with attached(agent.env, agent.stepper, agent.own_masks) as missing:
+    last: list[Masks] = []
+    act = _actor(agent, last)
+    with attached(agent.env, agent.stepper, last) as missing:
         settings: Any = {"device": agent.device, "seed": seed, "missing_penalty": missing}
         if rows is None:
-            rollout = collect_stepped(agent.env, agent.task, _actor(agent), size, **settings)
+            rollout = collect_stepped(agent.env, agent.task, act, size, **settings)
         else:
-            rollout = collect_groups(agent.env, agent.task, _actor(agent), rows, size // len(rows), **settings)
-    if agent.model.dtype != torch.float32:  # one token at a time rounds otherwise than all at once
-        limit, mask = agent.config.max_tokens_per_microbatch, rollout.action_mask
-        again = batched_logprobs(agent.policy, rollout, limit, masked=True)
-        if rollout.ref_logprobs is not None:
-            rollout.rewards = rollout.rewards - penalty_weight(agent.env) * (again - rollout.logprobs)
-        rollout.drift = float(masked_mean((again - rollout.logprobs).abs(), mask))
-        rollout.logprobs = again
+            rollout = collect_groups(agent.env, agent.task, act, rows, size // len(rows), **settings)
     agent.paid_otherwise |= not torch.equal(paid_scores(rollout, agent.env), rollout.scores)
+    if agent.model.dtype != torch.float32:
+        _read_again(agent, rollout)
     return rollout
+
+
+def _read_again(agent: Agent, rollout: Rollout) -> None:
+    """Puts the log-probabilities of whole texts in place of those of a token at a time, which rounds otherwise.
+
+    The KL penalty that was paid follows them, where no wrapper changes rewards.
+    """
+    limit, paid = agent.config.max_tokens_per_microbatch, rollout.log_ratios
+    again = batched_logprobs(agent.policy, rollout, limit, masked=True)
+    rollout.drift = float(masked_mean((again - rollout.logprobs).abs(), rollout.action_mask))
+    rollout.logprobs = again
+    reference = penalty_reference(agent.env)
+    if paid is None or reference is None:
+        return
+    rollout.ref_logprobs = batched_logprobs(reference_beside(agent.policy, agent.base, reference), rollout, limit)
+    if not agent.paid_otherwise:
+        assert rollout.log_ratios is not None
+        rollout.rewards = rollout.rewards - penalty_weight(agent.env) * (rollout.log_ratios - paid)
 
 
 def evaluated_policy(
@@ -107,8 +131,8 @@ def in_environment(agent: Agent, observations: NDArray[np.int64]) -> NDArray[np.
     return actions if np.ndim(observations) == 2 else actions[0]
 
 
-def _actor(agent: Agent) -> Act:
-    return actor(agent.env, agent.stepper, agent.base.temperature, agent.generator, agent.own_masks)
+def _actor(agent: Agent, last: list[Masks] | None = None) -> Act:
+    return actor(agent.env, agent.stepper, agent.base.temperature, agent.generator, agent.own_masks, last)
 
 
 def on_observation(

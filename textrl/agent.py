@@ -227,7 +227,7 @@ class Agent:
             out, now = halving(accumulate, limit, batch.tokens.numel(), self.optimizer.zero_grad)
             if now != limit:
                 self.config, self.halved = replace(self.config, max_tokens_per_microbatch=now), True
-        out["grad_norm"] = self.optimizer.step()
+        out["grad_norm"] = self.optimizer.step() if scale == 1 else self.optimizer.step(scale)
         return out
 
     def tempered(self, rollout: Rollout) -> Rollout:

@@ -179,7 +179,8 @@ def check_observations(observations: Any, task: Task) -> NDArray[np.int64]:
         )
     after = task.max_prompt_tokens  # before it, an end token may be the prompt's
     on = written[:, after + 1 :] & (ids[:, after:-1] == task.eos_token_id)
-    check("observation", array.tolist(), not on.any(), "texts in which nothing is written after the end token")
+    if on.any():
+        check("observation", array.tolist(), False, "texts in which nothing is written after the end token")
     return ids
 
 

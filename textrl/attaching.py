@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +19,9 @@ from .penalty import Policy
 from .rollout import Narrow, Rollout, both_masks
 from .vector import TextVectorEnv
 from .wrappers import AnyEnv, KLPenalty, VectorKLPenalty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Act = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]]
 """observations (N, L) -> actions (N,), their log-probabilities (N,), the action masks used (N, V) or None."""
@@ -53,16 +56,27 @@ def is_bare(env: AnyEnv) -> bool:
     return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
 
 
+Masks = list[NDArray[np.bool_] | None]
+"""The masks of the last action, (N, V), or None where there are none; empty before the first."""
+
+
 def actor(
-    env: AnyEnv, policy: Policy, temperature: float, generator: torch.Generator, narrow: Narrow | None = None
+    env: AnyEnv,
+    policy: Policy,
+    temperature: float,
+    generator: torch.Generator,
+    narrow: Narrow | None = None,
+    last: Masks | None = None,
 ) -> Act:
-    """Draws from a policy's logits, inside the action masks of environment and agent where there are any."""
+    """Draws from a policy's logits, inside the action masks of environment and agent, and notes these in `last`."""
     base = base_env(env)
 
     def act(
         observations: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_] | None]:
         masks = both_masks(action_masks(env) if base.task.masked else None, narrow, observations)
+        if last is not None:
+            last[:] = [masks]
         tokens, logprobs = draw_inside(policy(observations), masks, Sampling(temperature), generator)
         return tokens.cpu().numpy(), logprobs.cpu().numpy(), masks
 
@@ -88,13 +102,13 @@ def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
 
 
 @contextmanager
-def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[float]:
+def attached(env: AnyEnv, policy: Policy, last: Masks) -> Iterator[float]:
     """Lets an environment know who acts in it, as long as this lasts, so that it can pay the whole KL penalty.
 
     Args:
         env: wrapped or not.
         policy: observations (N, L) -> logits (N, V), without masks.
-        narrow: the agent's own masks, if it has any.
+        last: what the `actor` notes.
 
     Yields:
         kl_coef, where the environment could not be told and leaves `-kl_coef * log pi` to the agent; else 0.
@@ -105,9 +119,9 @@ def attached(env: AnyEnv, policy: Policy, narrow: Narrow | None) -> Iterator[flo
         return
 
     def inside(observations: NDArray[np.int64]) -> Tensor:
-        """What tokens are drawn from: inside the masks that hold now."""
+        """What the tokens were drawn from: inside the masks that held then."""
         logits: Tensor = policy(observations)
-        masks = both_masks(action_masks(env) if base.task.masked else None, narrow, observations)
+        masks = last[0] if last else None
         return logits if masks is None else logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
 
     before, base.policy = base.policy, inside
@@ -128,11 +142,20 @@ def penalty_weight(env: Any) -> float:
         if isinstance(env, (KLPenalty, VectorKLPenalty)):
             weight += env.kl_coef
         if isinstance(env, gym.vector.SyncVectorEnv):
-            weights = sorted({penalty_weight(each) for each in env.envs})
+            weights = sorted({round(penalty_weight(each), 9) for each in env.envs})
             check("env", f"{env!r} with {weights}", len(weights) == 1, "one whose parts have the same kl_coef")
             return weight + weights[0]
         env = env.env
     return weight + (0.0 if env.reference is None else env.kl_coef)
+
+
+def penalty_reference(env: Any) -> PreTrainedModel | None:
+    """What the KL penalty of an environment or of a wrapper around it is measured against, if one is paid."""
+    while not isinstance(env, (TextEnv, TextVectorEnv)):
+        if isinstance(env, (KLPenalty, VectorKLPenalty)):
+            return env.penalty.reference
+        env = env.envs[0] if isinstance(env, gym.vector.SyncVectorEnv) else env.env
+    return env.reference
 
 
 def check_own_penalty(env: AnyEnv) -> None:

@@ -139,8 +139,8 @@ def save_agent(agent: Agent, folder: Path) -> None:
 @contextmanager
 def _end_token_told(model: PreTrainedModel, end: int) -> Iterator[None]:
     """The end token in a model's settings, by which transformers' `generate` stops, while they are written."""
-    settings = (model.config, getattr(model, "generation_config", None))
-    told = [(each, each.eos_token_id) for each in settings if each is not None]
+    settings: list[Any] = [model.config, getattr(model, "generation_config", None)]
+    told = [(each, each.eos_token_id) for each in settings if hasattr(each, "eos_token_id")]
     unaware = [(each, ends) for each, ends in told if end not in (ends if isinstance(ends, list) else [ends])]
     for each, _ in unaware:
         each.eos_token_id = end

@@ -98,19 +98,18 @@ def quiet_libraries() -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
-    from .acting import collect
     from .attaching import is_bare
     from .models import few_threads
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed)
+    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed, batch_size=options.episodes)
     with few_threads(agent.model):
         if is_bare(agent.env):
             rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
         else:  # under the time limit of the run
-            rollout = collect(agent, options.episodes, 1)
+            rollout = agent.collect()
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
     if len(rollout) > 1:
         out["score_standard_error"] = out["score_std"] / (len(rollout) - 1) ** 0.5

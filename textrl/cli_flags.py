@@ -48,11 +48,13 @@ def whole(text: str) -> int:
     """A whole number, also as 1e6 or 1_000_000."""
     try:
         number = Decimal(text)
-        if number.adjusted() < 19 and number == int(number):
+        if number.adjusted() >= 19 and number.is_finite() and number:
+            raise argparse.ArgumentTypeError(f"must be below 1e19; got {text[:40]!r}")
+        if number == int(number):
             return int(number)
     except (InvalidOperation, ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"must be a whole number below 1e19; got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}")
 
 
 def parse_env_args(pairs: list[str], prompts_given: bool = False) -> dict[str, Any]:

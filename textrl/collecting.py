@@ -19,7 +19,7 @@ import torch
 
 from .acting import evaluated_policy
 from .agent import Agent
-from .attaching import actor, attached, base_env, is_bare, paid_scores
+from .attaching import Masks, actor, attached, base_env, is_bare, paid_scores
 from .config import check, check_type
 from .disk import could_be_folder
 from .env import observation_space
@@ -75,7 +75,8 @@ def collect(
     check("dataset", str(folder), could_be_folder(folder), "in a folder that can be written")
     stepper = StepwiseLM(policy)
     storage: Any = None  # made when there is something to write
-    with few_threads(policy.model), _whole(folder), attached(env, stepper, narrow) as missing:
+    last: Masks = []
+    with few_threads(policy.model), _whole(folder), attached(env, stepper, last) as missing:
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))
             if is_bare(env):
@@ -84,7 +85,7 @@ def collect(
                 rollout = collect_stepped(
                     env,
                     base.task,
-                    actor(env, stepper, base.temperature, generator, narrow),
+                    actor(env, stepper, base.temperature, generator, narrow, last),
                     size,
                     device=policy.device,
                     seed=seed if storage is None else None,

@@ -65,7 +65,7 @@ def accumulate_gradients(
     return out
 
 
-def _checked(found: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+def _checked(found: Any) -> tuple[Tensor, Mapping[str, Tensor | float]]:
     """What a loss gave, if it is its mean and numbers to report.
 
     Raises:
@@ -73,12 +73,13 @@ def _checked(found: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
     """
     value: Any
     value, numbers = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    fine = isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
-    if not fine or not isinstance(numbers, dict):
+    fine = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
+    if not fine or not isinstance(numbers, Mapping):
         right = "a function of a batch that gives (mean, numbers): a tensor () with a gradient, and a dict to report"
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(found)
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and not fine else shorten(found)
         grad = " without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
         raise ValueError(f"loss must be {right}; got {kind}{grad}")
+    value = value.reshape(())
     return value, numbers
 
 

@@ -74,7 +74,7 @@ def example_ids(
         ValueError: naming the column.
     """
     known = row.get("completion_ids") is not None
-    answer = "messages" if not known and "completion" not in row and "messages" in row else "completion"
+    answer = "messages" if row.get("completion") is None and row.get("messages") is not None else "completion"
     row = as_texts(row, [] if known else [answer], ChatFormat.of(task))
     prompt = prompt_of(row, task, strict)
     if known:

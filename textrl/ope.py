@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .acting import evaluated_policy
 from .agent import Agent
-from .attaching import base_env, penalty_weight
+from .attaching import base_env, is_bare, penalty_weight
 from .batch import batched_logprobs, microbatches
 from .config import check
 from .episodes import as_episodes, check_whole, unfinished
@@ -132,7 +132,7 @@ def ope(
     check_whole(logged)
     cut = unfinished(logged, base.task)
     right = f"episodes that end with the end token or after max_new_tokens={base.task.max_new_tokens} tokens"
-    check("dataset", f"{cut} of {len(logged)} that end before", cut == 0, right)
+    check("dataset", f"{cut} of {len(logged)} that end before", cut == 0 or not is_bare(env), right)
     check("dataset", f"{len(logged)} episodes", len(logged) >= 4, "at least 4 episodes")
     for name in ("logprobs", "scores"):
         known = not bool(getattr(logged, name).isnan().any())

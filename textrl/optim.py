@@ -70,8 +70,8 @@ class Optimizer:
 
     Attributes:
         skipped: steps not taken because the gradient was not finite.
-        scale: what losses are multiplied by before `backward`, and gradients divided by in `step`: float16 has no
-            numbers below 6e-8 (Micikevicius 2018). It is halved where a gradient was not finite; 1 without float16.
+        scale: what losses may be multiplied by before `backward`, because float16 has no numbers below 6e-8
+            (Micikevicius 2018); `step` is told. It is halved where a gradient was not finite; 1 without float16.
     """
 
     def __init__(
@@ -140,10 +140,13 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def step(self) -> float:
+    def step(self, scale: float = 1.0) -> float:
         """Takes one step with the gradients at hand; returns the norm of all of them before clipping.
 
-        A norm that is not finite takes no step and is counted in `skipped`.
+        A norm that is not finite takes no step, and is counted in `skipped` where it is no fault of a scale.
+
+        Args:
+            scale: what the gradients are divided by first.
         """
         self._follow()
         live = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
@@ -153,8 +156,8 @@ class Optimizer:
             torch._foreach_copy_(wide, [p.grad for p, _ in low if p.grad is not None])
             for (_, master), gradient in zip(low, wide, strict=True):
                 master.grad = gradient
-        if self.scale != 1:
-            torch._foreach_mul_([master.grad for _, master in live if master.grad is not None], 1 / self.scale)
+        if scale != 1:
+            torch._foreach_mul_([master.grad for _, master in live if master.grad is not None], 1 / scale)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         taught = ([master for master in self.masters[group] if master.grad is not None] for group in self.groups)
         norms = [nn.utils.clip_grad_norm_(masters, limit) for masters in taught if masters]
@@ -167,7 +170,7 @@ class Optimizer:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in low], [master for _, master in low])
         else:
-            self.skipped += 1
+            self.skipped += scale == 1
             self.scale = max(1.0, self.scale / 2)
         self._note()
         self.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .registration import registered
 from .remote import RemoteScore
-from .scores import shorten
+from .scores import reason, shorten
 
 if TYPE_CHECKING:
     from .agent import Agent
@@ -118,7 +119,7 @@ def reward_function(reward: Any) -> Callable[..., Any]:
         name = str(reward)
         if name.startswith(("http://", "https://")):
             return RemoteScore(name)
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             from .rewards import RewardModel
 
             return RewardModel.load(name)
@@ -141,9 +142,9 @@ def _imported(place: str, called: str) -> Any:
     """
     module, _, name = place.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        return operator.attrgetter(name)(importlib.import_module(module))
     except Exception as error:  # whatever somebody's module raises
-        raise ValueError(f"{called} {place!r} cannot be imported: {error}") from None
+        raise ValueError(f"{called} {place!r} cannot be imported: {reason(error)}") from None
 
 
 @contextmanager

@@ -137,9 +137,12 @@ def make_task(task: type[Task] | str, **kwargs: Any) -> Task:
         check_type(name, value, annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
     try:
         inspect.signature(cls).bind(**kwargs)
+    except TypeError as error:
+        raise BadArgument(f"{cls.__name__} cannot be made with {shorten(kwargs, 200)}: {error}") from error
+    try:
         return cls(**kwargs)
     except TypeError as error:
-        if not kwargs and "missing a required" not in str(error):
+        if not kwargs:
             raise
         raise BadArgument(f"{cls.__name__} cannot be made with {shorten(kwargs, 200)}: {error}") from error
 

@@ -120,12 +120,13 @@ class _Training:
         rows = np.concatenate([self.members[group] for group in self.batches[now.step]])
         chosen, rejected = self.reward_model.pair_scalars(self.pairs[rows])
         loss = preference_loss(chosen, rejected)
-        (loss * optimizer.scale).backward()  # type: ignore[no-untyped-call]
+        scale = optimizer.scale
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
         skipped = optimizer.skipped
         metrics = {
             "train/loss": float(loss.detach()),
             "train/accuracy": float((chosen > rejected).float().mean()),
-            "train/grad_norm": optimizer.step(),
+            "train/grad_norm": optimizer.step(scale),
         }
         now.stuck = now.stuck + 1 if optimizer.skipped > skipped else 0
         if optimizer.skipped:
@@ -224,6 +225,7 @@ def _learn(training: _Training, run: Run) -> None:
         saved.go_on(training.restore)
     elif saved is not None:
         saved.refuse()
+    training.reward_model.mean, training.reward_model.std = 0.0, 1.0  # those were of other weights
     now = training.now
     due = None
     if run.checkpoint_every is not None:
@@ -301,7 +303,6 @@ def train_reward_model(
     config = make_config(RewardModelConfig, config, settings)
     _warn_of_cut_texts(reward_model, data)
     training = _Training(reward_model, data, config)
-    reward_model.mean, reward_model.std = 0.0, 1.0  # those of other weights
     with alone(None if log_dir is None else Path(log_dir)):
         _learn(training, run)
     reward_model.model.requires_grad_(False)

@@ -24,7 +24,7 @@ from .policy import alike, values_at
 from .probing import longest_text
 from .reward_training import TEXTS, pairs_of
 from .reward_training import train_reward_model as train_reward_model
-from .scalars import load_scalar, value_model
+from .scalars import load_scalar, value_model, with_padding_learned
 from .scores import call_score, reason, shorten
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class RewardModel:
         check_vocabulary_size(model, tokenizer)
         for name, value, least in (("max_length", max_length, 3), ("tokens_at_once", tokens_at_once, 1)):
             check(name, value, is_count(value) and value >= least, f"a whole number of at least {least}")
-        self.model = without_dropout(model)
+        self.model = with_padding_learned(without_dropout(model))
         self.tokenizer = tokenizer
         self.max_length, self.tokens_at_once = min(max_length, longest_text(model)), tokens_at_once
         self.special_tokens = special_tokens

@@ -37,12 +37,13 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
         if hasattr(config, name):
             delattr(config, name)
     if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end if isinstance(end, int) else 0
     with torch.random.fork_rng(devices=[]):
         scalar = new_scalar(config)
     trunk = model.base_model
     scalar.base_model.load_state_dict(merged_weights(trunk) if has_adapter(model) else trunk.state_dict())
-    scalar = _with_padding_learned(cast(without_dropout(scalar), model.dtype, model.device))
+    scalar = with_padding_learned(cast(without_dropout(scalar), model.dtype, model.device))
     weight = scalar.score.weight
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,7 +51,7 @@ def value_model(model: PreTrainedModel, seed: int = 0, std: float = 0.0) -> PreT
     return scalar
 
 
-def _with_padding_learned(model: PreTrainedModel) -> PreTrainedModel:
+def with_padding_learned(model: PreTrainedModel) -> PreTrainedModel:
     """The same with an embedding that learns every token: padding may be the end token, and is told by lengths."""
     embedding: Any = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
@@ -64,4 +65,4 @@ def load_scalar(folder: str | Path) -> PreTrainedModel:
     settings: Any = {"dtype": "auto", "num_labels": 1, "output_loading_info": True}
     found, report = AutoModelForSequenceClassification.from_pretrained(str(folder), **settings)
     check_whole(str(folder), report)
-    return _with_padding_learned(found)
+    return with_padding_learned(found)

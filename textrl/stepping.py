@@ -47,12 +47,13 @@ class _Episode:
     def end(self, infos: dict[str, Any], i: int, task: Task, kl_coef: float) -> None:
         """Takes the score and the text from what the environment said of row i, or else from what was done.
 
-        Without a score that is what was paid beside the KL penalty, whose weight is `kl_coef`.
+        Without a score, of an episode that was ended early, that is what was paid beside the KL penalty, whose weight
+        is `kl_coef`.
         """
         known = "score" in infos and ("_score" not in infos or bool(infos["_score"][i]))  # of this row, not of another
         whole = self.actions[-1] == task.eos_token_id or len(self.actions) == task.max_new_tokens
         right = "handed on by every wrapper: it has the score of an episode that is over, and what the reference says"
-        check("info", sorted(infos), known or not whole, right)
+        check("info", list(infos), known or not whole, right)
         if known and "completion" in infos:  # a wrapper may leave texts out
             self.completion = infos["completion"][i]
         else:

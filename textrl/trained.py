@@ -54,13 +54,16 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
     return run
 
 
-def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = False) -> Agent:
+def trained_agent(
+    final: Path, run: dict[str, Any], seed: int, critic: bool = False, batch_size: int | None = None
+) -> Agent:
     """The policy of a run, under the plain `Agent` where its class acts as that does: the rest is left on disk.
 
     Args:
         final: where it was saved, in the run's folder.
         run: what `read_run` says of the run.
         seed: of prompts and samples.
+        batch_size: episodes of one `collect`; None: as it was trained.
         critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
     """
     from .agent import Agent
@@ -71,6 +74,6 @@ def trained_agent(final: Path, run: dict[str, Any], seed: int, critic: bool = Fa
     manifest = manifest_of(cls, final)
     own = cls.narrow is not Agent.narrow or cls.respond is not Agent.respond
     if own or (critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"])):
-        return cls.load(final, env, seed=seed)
+        return cls.load(final, env, seed=seed, batch_size=batch_size or manifest["config"]["batch_size"])
     kept = {name: manifest["config"][name] for name in ("dtype", "on_score_error", "score_timeout")}
-    return Agent(env, str(final), seed=seed, **kept)
+    return Agent(env, str(final), seed=seed, batch_size=batch_size or manifest["config"]["batch_size"], **kept)

@@ -95,7 +95,7 @@ class Watch:
             " function, or give prompts and a model that sometimes succeed",
         )
         self.score = first if constant else None
-        self.least = min(self.least, float(rollout.scores.mean()))
+        self.least = min(self.least, first if constant else float(rollout.scores.mean()))
 
     def dropped(self, faults: list[str], asked: int) -> None:
         """Episodes were left out because their scores failed."""

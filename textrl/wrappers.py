@@ -130,7 +130,8 @@ def _check_unpaid(env: AnyEnv, reference: PreTrainedModel) -> None:
     if isinstance(base, (TextEnv, TextVectorEnv)) and base.reference is not None and base.kl_coef > 0:
         raise ValueError(f"env must be one without a penalty of its own; got one with kl_coef={base.kl_coef:g}")
     while layer is not base:
-        if isinstance(layer, (KLPenalty, VectorKLPenalty)) and layer.penalty.reference is not reference:
+        paid = isinstance(layer, (KLPenalty, VectorKLPenalty)) and layer.kl_coef > 0
+        if paid and layer.penalty.reference is not reference:
             raise ValueError(f"env must be one without a penalty to another reference; got {layer}")
         layer = layer.env
 
