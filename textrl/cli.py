@@ -20,7 +20,7 @@ from .cli_train import train_parser
 from .config import USER_ERRORS
 from .render import one_line
 from .runs import FINAL
-from .trained import finished_run, trained_agent
+from .trained import finished_run, played, trained_agent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,18 +98,14 @@ def quiet_libraries() -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints the mean score of a run's agent, and its share of the best possible where that is known."""
-    from .attaching import is_bare
     from .models import few_threads
 
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1; got {options.episodes}")
     folder = Path(options.folder)
-    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed, batch_size=options.episodes)
+    agent = trained_agent(folder / FINAL, finished_run("RUN", folder), options.seed, options.episodes)
     with few_threads(agent.model):
-        if is_bare(agent.env):
-            rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(options.episodes)])
-        else:  # under the time limit of the run
-            rollout = agent.collect()
+        rollout = played(agent)
     out = {key.removeprefix("rollout/"): value for key, value in rollout.metrics().items()}
     if len(rollout) > 1:
         out["score_standard_error"] = out["score_std"] / (len(rollout) - 1) ** 0.5

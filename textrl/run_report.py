@@ -14,7 +14,7 @@ from .models import few_threads
 from .render import escape
 from .report import PAGE, Section, curves, settings, write_report
 from .runs import BEST, FINAL, RUN, Checkpoints
-from .trained import read_run, trained_agent
+from .trained import played, read_run, trained_agent
 
 SHOWN = 8
 """Responses on the page."""
@@ -79,9 +79,9 @@ def responses(saved: Sequence[Path], run: Mapping[str, Any] | None) -> Section:
         return Section(title, f"No responses: without {RUN} it is not known in which environment the agent acts.")
     for place in saved:
         try:
-            agent = trained_agent(place, dict(run), SEED)
+            agent = trained_agent(place, dict(run), SEED, SHOWN)
             with few_threads(agent.model):
-                rollout = agent.respond([agent.task.sample(agent.rng) for _ in range(SHOWN)])
+                rollout = played(agent)
         except CheckpointError as error:
             faults.append(str(error))
             continue

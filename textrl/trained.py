@@ -13,6 +13,7 @@ from .runs import FINAL, RUN
 
 if TYPE_CHECKING:
     from .agent import Agent
+    from .rollout import Rollout
 
 
 def read_run(called: str, folder: Path, unchanged: bool = False) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def finished_run(called: str, folder: Path) -> dict[str, Any]:
 
 
 def trained_agent(
-    final: Path, run: dict[str, Any], seed: int, critic: bool = False, batch_size: int | None = None
+    final: Path, run: dict[str, Any], seed: int, batch_size: int | None = None, critic: bool = False
 ) -> Agent:
     """The policy of a run, under the plain `Agent` where its class acts as that does: the rest is left on disk.
 
@@ -63,7 +64,7 @@ def trained_agent(
         final: where it was saved, in the run's folder.
         run: what `read_run` says of the run.
         seed: of prompts and samples.
-        batch_size: episodes of one `collect`; None: as it was trained.
+        batch_size: episodes at a time; None: as it was trained.
         critic: whether an agent that has a critic is loaded whole, so that it can be asked for values.
     """
     from .agent import Agent
@@ -77,3 +78,12 @@ def trained_agent(
         return cls.load(final, env, seed=seed, batch_size=batch_size or manifest["config"]["batch_size"])
     kept = {name: manifest["config"][name] for name in ("dtype", "on_score_error", "score_timeout")}
     return Agent(env, str(final), seed=seed, batch_size=batch_size or manifest["config"]["batch_size"], **kept)
+
+
+def played(agent: Agent) -> Rollout:
+    """A batch of fresh episodes of a trained agent, under the time limit of its run if it had one."""
+    from .attaching import is_bare
+
+    if is_bare(agent.env):
+        return agent.respond([agent.task.sample(agent.rng) for _ in range(agent.config.batch_size)])
+    return agent.collect()
