@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .arguments import check_count, check_observations
-from .attaching import Act, actor, attached, draw_inside, is_bare, paid_scores, penalty_reference, penalty_weight
+from .attaching import Act, Masks, actor, attached, draw_inside, is_bare, paid_scores, penalty_reference, penalty_weight
 from .batch import batched_logprobs
 from .cells import check_text
 from .config import check
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from .agent import Agent
     from .env import TextEnv
     from .vector import TextVectorEnv
-
-Masks = NDArray[np.bool_] | None
-"""(N, V): the tokens to draw from; None: all."""
 
 
 def collect(agent: Agent, episodes: int, group_size: int) -> Rollout:

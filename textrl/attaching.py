@@ -56,8 +56,8 @@ def is_bare(env: AnyEnv) -> bool:
     return type(env) is TextEnv or (type(env) is TextVectorEnv and env.max_episode_steps is None)
 
 
-Masks = list[NDArray[np.bool_] | None]
-"""The masks of the last action, (N, V), or None where there are none; empty before the first."""
+Masks = NDArray[np.bool_] | None
+"""(N, V): the tokens to draw from; None: all."""
 
 
 def actor(
@@ -66,7 +66,7 @@ def actor(
     temperature: float,
     generator: torch.Generator,
     narrow: Narrow | None = None,
-    last: Masks | None = None,
+    last: list[Masks] | None = None,
 ) -> Act:
     """Draws from a policy's logits, inside the action masks of environment and agent, and notes these in `last`."""
     base = base_env(env)
@@ -102,13 +102,13 @@ def action_masks(env: AnyEnv) -> NDArray[np.bool_]:
 
 
 @contextmanager
-def attached(env: AnyEnv, policy: Policy, last: Masks) -> Iterator[float]:
+def attached(env: AnyEnv, policy: Policy, last: list[Masks]) -> Iterator[float]:
     """Lets an environment know who acts in it, as long as this lasts, so that it can pay the whole KL penalty.
 
     Args:
         env: wrapped or not.
         policy: observations (N, L) -> logits (N, V), without masks.
-        last: what the `actor` notes.
+        last: the masks of the last action, as the `actor` notes them; empty before the first.
 
     Yields:
         kl_coef, where the environment could not be told and leaves `-kl_coef * log pi` to the agent; else 0.

@@ -75,7 +75,7 @@ def collect(
     check("dataset", str(folder), could_be_folder(folder), "in a folder that can be written")
     stepper = StepwiseLM(policy)
     storage: Any = None  # made when there is something to write
-    last: Masks = []
+    last: list[Masks] = []
     with few_threads(policy.model), _whole(folder), attached(env, stepper, last) as missing:
         while storage is None or storage.total_episodes < episodes:
             size = min(EPISODES_AT_ONCE, episodes - (0 if storage is None else int(storage.total_episodes)))

@@ -118,8 +118,8 @@ def ope(
         penalised: evaluates score - kl_coef * KL(pi || pi_ref) in place of the score.
         q: for "dr", a rollout -> estimates of Q(s_t, .), (B, T, V). Default: the mean return of each token at each
             place, from the half of the batch that the episode is not in, so that "dr" stays unbiased.
-        confidence: of the intervals, which take the estimates to be normal: where the policies differ much, and a
-            response that is hardly ever logged has a large weight, 95% of them are 77% (300 episodes) to 90% (3,000).
+        confidence: of the intervals, which take the estimates to be normal: where the policies differ much, and some
+            response that is hardly ever logged has a large weight, they hold the truth less often than they say.
 
     Raises:
         ValueError: for episodes without log-probabilities or scores, or fewer than four.

@@ -162,9 +162,7 @@ def _played(
         step = env.step(actions if vector else int(actions[0]))
         observations, rewards, terminated, truncated, infos = step if vector else _batched(*step)
         observations = np.asarray(observations, dtype=np.int64)
-        check(
-            "infos", infos, isinstance(infos, dict), f"a dict of columns, as vector environments give them; {env} has"
-        )
+        check("infos", infos, isinstance(infos, dict), "a dict of columns, which no wrapper makes a list of")
         ended = np.asarray(terminated) | np.asarray(truncated)
         texts, known = texts_after(observations, ended, infos, mode)
         on = np.array([i for i, episode in enumerate(running) if episode is not None and known[i]], dtype=np.int64)

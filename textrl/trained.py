@@ -74,10 +74,11 @@ def trained_agent(
     env = gym.make_vec(check_env_id(run["env"]), num_envs=1, **run["env_kwargs"])
     manifest = manifest_of(cls, final)
     own = cls.narrow is not Agent.narrow or cls.respond is not Agent.respond
+    size = manifest["config"]["batch_size"] if batch_size is None else batch_size
     if own or (critic and any(file.startswith(("critic", "value_head")) for file in manifest["files"])):
-        return cls.load(final, env, seed=seed, batch_size=batch_size or manifest["config"]["batch_size"])
+        return cls.load(final, env, seed=seed, batch_size=size)
     kept = {name: manifest["config"][name] for name in ("dtype", "on_score_error", "score_timeout")}
-    return Agent(env, str(final), seed=seed, batch_size=batch_size or manifest["config"]["batch_size"], **kept)
+    return Agent(env, str(final), seed=seed, batch_size=size, **kept)
 
 
 def played(agent: Agent) -> Rollout:
